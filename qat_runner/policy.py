@@ -39,6 +39,7 @@ from qat_runner.quant import (
     clipping_method,
     gradient_estimator,
 )
+from qat_runner.wording import one_of
 
 if TYPE_CHECKING:
     from qat_runner.quant import Quantizer
@@ -316,7 +317,7 @@ class Rule:
         said = dict(content)
         name = said.get("match", "*")
         if unknown := [key for key in said if key not in known]:
-            raise ValueError(f"rule {name!r}: unknown setting {unknown[0]!r}, must be one of {', '.join(known)}")
+            raise ValueError(f"rule {name!r}: unknown setting {unknown[0]!r}, {one_of(unknown[0], known)}")
         if "match" not in said:
             raise ValueError(f"rule {said!r}: needs match, a glob over names of layers or operands")
         if said.get("clipping") is not None:
@@ -334,7 +335,7 @@ def _check_bits(place: str, bits: object) -> None:
 
 def _check_name(place: str, value: object, allowed: Collection[str]) -> None:
     if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{place}={value!r}: must be one of {', '.join(allowed)}")
+        raise ValueError(f"{place}={value!r}: {one_of(value, allowed)}")
 
 
 def _made(make: Callable[..., T], rule: object, setting: str, said: object) -> T:

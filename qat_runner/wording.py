@@ -1,7 +1,7 @@
 """Formatting of numbers, and suggestions for misspelled words."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection
 
 
 def digits(x: float, count: int = 3) -> str:
@@ -18,9 +18,21 @@ def percent(share: float, count: int = 2) -> str:
     return f"{text} %"
 
 
-def meant(word: str, known: Sequence[str]) -> str:
-    """Return the end of an error message about an unknown word: a suggestion of the closest known word, if there is
-    one. Swapped letters are the likeliest mistake: of close words, one with the same letters comes first."""
+def closest(word: str, known: Collection[str]) -> str | None:
+    """Return the known word that an unknown one is probably meant to be, or None. Swapped letters are the likeliest
+    mistake: of close words, one with the same letters comes first."""
     close = difflib.get_close_matches(word, known)
-    best = sorted(close, key=lambda candidate: sorted(candidate) != sorted(word))
-    return f"; did you mean {best[0]}?" if best else ""
+    return min(close, key=lambda candidate: sorted(candidate) != sorted(word), default=None)
+
+
+def meant(word: str, known: Collection[str]) -> str:
+    """Return the end of an error message about an unknown word: the closest known word as a suggestion, if there is
+    one."""
+    close = closest(word, known)
+    return f"; did you mean {close}?" if close else ""
+
+
+def one_of(word: object, allowed: Collection[str]) -> str:
+    """Return the end of an error message about a word that is not allowed: the allowed ones, and the closest of
+    them."""
+    return f"must be one of {', '.join(allowed)}{meant(str(word), allowed)}"

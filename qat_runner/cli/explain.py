@@ -3,17 +3,16 @@
 import re
 import shlex
 from contextlib import suppress
-from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
 
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import MissingConfigException, OverrideParseException
 
-from qat_runner.config.composing import NOT_TYPED, quoted
+from qat_runner.config.allowed import unknown_key
+from qat_runner.config.composing import quoted
 from qat_runner.config.model_names import PREFIXES
-from qat_runner.config.schema import ConfigSchema
-from qat_runner.wording import meant
+from qat_runner.wording import one_of
 
 
 def explain(error: Exception, configs: Path) -> str:
@@ -32,13 +31,12 @@ def explain(error: Exception, configs: Path) -> str:
             )
         if error.missing_cfg_file.startswith("model/"):
             option = error.missing_cfg_file.removeprefix("model/")
-            names = sorted(path.stem for path in (configs / "model").glob("*.yaml"))
             words = [f"{prefix}/NAME" for prefix in PREFIXES]
-            return f"model={option}: must be one of {', '.join((*names, *words))}{meant(option, names)}"
-        options = sorted(path.stem for path in (configs / group).glob("*.yaml")) if group else []
+            return f"model={option}: {one_of(option, (*_options('model', configs), *words))}"
+        options = _options(group, configs) if group else []
         if not options:  # Hydra's own groups, or --config-name
             return f"there is no config {error.missing_cfg_file}; is a plugin of Hydra missing?"
-        return f"{group}={option}: must be one of {', '.join(options)}{meant(option, options)}"
+        return f"{group}={option}: {one_of(option, options)}"
     if isinstance(error, OverrideParseException):
         if "=" not in error.override and not error.override.startswith("~"):
             return f"{error.override}: must be KEY=VALUE; qat-run --help lists all keys and flags"
@@ -59,19 +57,26 @@ def explain(error: Exception, configs: Path) -> str:
         ):
             if (configs / key).is_dir():
                 return f"unknown key '{key}'; did you mean +{key}=NAME?"
-            known = [name for name in _keys(ConfigSchema) if name.partition(".")[0] not in NOT_TYPED]
-            return f"unknown key '{key}'{meant(key, known) or '; qat-run --help lists all keys'}"
+            return unknown_key(key)
     if match := re.search(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", f"{text} {detail}"):
         key = re.search(r"(?:override|full_key:) ?([\w.]+)", f"{text} {detail}")
         return f"{key[1] if key else 'a value'}={match[1]}: must be {_KINDS.get(match[2], match[2])}"
     if match := re.search(r"Invalid value '(.*)', expected one of \[(.*?)\]", f"{text} {detail}"):
         key = re.search(r"(?:override|full_key:) ?([\w.]+)", f"{text} {detail}")
-        return f"{key[1] if key else 'a value'}={match[1]}: must be one of {match[2]}"
+        return f"{key[1] if key else 'a value'}={match[1]}: {one_of(match[1], match[2].split(', '))}"
     if match := re.search(r"Error merging override (([\w.]+)=(\S+)).*str is not a ListConfig", f"{text} {detail}"):
         return f"{match[1]}: must be a list: {match[2]}=[{match[3]}]"
     if match := re.search(r"Error merging override (\S+)", text):
         return f"{match[1]}: {re.sub(r' full_key:.*', '', detail)}"
     return re.sub(r"\s*(full_key:|See https?:).*", "", text)
+
+
+def _options(group: str, configs: Path) -> list[str]:
+    """Return the options of a group: those that are shipped, and those of installed packages."""
+    shipped = {path.stem for path in (configs / group).glob("*.yaml")}
+    with suppress(OSError):  # the group is only in files
+        shipped |= {name.removesuffix(".yaml") for name in ConfigStore.instance().list(group) if name.endswith(".yaml")}
+    return sorted(shipped)
 
 
 def _how_to_quote(override: str) -> str | None:
@@ -86,13 +91,3 @@ def _how_to_quote(override: str) -> str | None:
 
 
 _KINDS = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false", "String": "a string"}
-
-
-def _keys(schema: Any, prefix: str = "") -> list[str]:
-    """Return all dotted keys of a dataclass."""
-    keys = []
-    for name, hint in get_type_hints(schema).items():
-        keys.append(prefix + name)
-        for part in filter(is_dataclass, (hint, *get_args(hint))):  # the arguments cover groups that may be null
-            keys += _keys(part, f"{prefix}{name}.")
-    return keys

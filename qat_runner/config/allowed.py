@@ -7,16 +7,24 @@ from collections.abc import Collection
 from dataclasses import MISSING, Field
 from typing import Any
 
-from qat_runner.config.keys import leaves
+from qat_runner.config.keys import leaves, names_of
 from qat_runner.config.schema import LIMITS, ConfigSchema
 from qat_runner.config.tasks import FACTS, foreign_keys
 from qat_runner.errors import ConfigError
 from qat_runner.policy import ACTIVATION_GRANULARITIES, GRANULARITIES, PRICES, gradient_names
 from qat_runner.quant import EVAL_MODES, FORMATS, METHODS, Range
 from qat_runner.quant.backends import BACKENDS
+from qat_runner.wording import closest, meant, one_of
 
 LONGEST_NAME, LONGEST_PATH = 255, 4000
 """Maximum bytes of a file name on Linux, and of a path: 4096, less some room for the files of a run."""
+
+
+NOT_TYPED = {
+    **dict.fromkeys(("sweep", "standins"), "can only be set in the files of experiments and stand-ins"),
+    **dict.fromkeys(("given", "allocated", "fingerprints"), "cannot be set; the runner fills it in"),
+}
+"""Keys that a command cannot set, and the reason."""
 
 
 def check_values(config: ConfigSchema) -> None:
@@ -29,8 +37,8 @@ def check_values(config: ConfigSchema) -> None:
     for key, field, value in leaves(config):
         if value is None or (key in foreign and value == _default(field)):
             continue
-        if key in names:
-            require(value in names[key], key, value, f"one of {', '.join(names[key])}")
+        if key in names and value not in names[key]:
+            raise ConfigError(f"{key}={value}: {one_of(value, names[key])}")
         if (allowed := field.metadata.get("range")) is not None:
             require(all(n in allowed for n in (value if isinstance(value, list) else [value])), key, value, allowed)
         if "path" in field.metadata:
@@ -76,6 +84,30 @@ def _check_path(key: str, path: str) -> None:
             f"{key}={path[:40]}...: must be a path of at most {LONGEST_PATH} bytes, with at most {LONGEST_NAME} bytes "
             f"between two slashes"
         )
+
+
+def unknown_key(key: str) -> str:
+    """Return the error message about a key that the schema does not have, with the key that was probably meant."""
+    return f"unknown key '{key}'{_meant_key(key) or '; qat-run --help lists all keys'}"
+
+
+def _meant_key(key: str) -> str:
+    """Return a suggestion: the keys of the same last name, a similar one in the same group, an option of the method or
+    estimator, or a similar key."""
+    known = [name for name in names_of(ConfigSchema) if name.partition(".")[0] not in NOT_TYPED]
+    group, _, name = key.rpartition(".")
+    alike = [each for each in known if each.rpartition(".")[2] == name and name not in ("name", "options")]
+    if name in alike:
+        return f"; did you mean {name}?"
+    if alike:
+        one_per_group = {each.partition(".")[0]: each for each in reversed(alike)}
+        return f"; did you mean {' or '.join(sorted(one_per_group.values(), key=known.index))}?"
+    inside = {each.rpartition(".")[2]: each for each in known if each.rpartition(".")[0] == group}
+    if not group or not inside:
+        return meant(key, known)
+    if close := closest(name, inside):  # compared without the group, in which all of them are alike
+        return f"; did you mean {inside[close]}?"
+    return f"; did you mean {group}.options.{name}?" if "options" in inside else ""
 
 
 def require(holds: bool, key: str, value: object, allowed: object) -> None:

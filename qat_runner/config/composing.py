@@ -16,6 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from qat_runner.config import hydra_keys
+from qat_runner.config.allowed import NOT_TYPED
 from qat_runner.config.groups import GROUP, config_dir, options_in_code, register
 from qat_runner.config.identities import NOT_IN_IDENTITY, OF_QUANTIZATION, differences, flat, identity
 from qat_runner.config.keys import plain
@@ -29,13 +30,6 @@ HYDRA_VERSION_BASE = "1.3"
 
 _PREPROCESSING = tuple(f"dataset.{key}" for key in ("image_size", "mean", "std", "interpolation", "resize_size"))
 """Keys that dataset.preprocessing=model takes from the model unless the command sets them."""
-
-
-NOT_TYPED = {
-    **dict.fromkeys(("sweep", "standins"), "can only be set in the files of experiments and stand-ins"),
-    **dict.fromkeys(("given", "allocated", "fingerprints"), "cannot be set; the runner fills it in"),
-}
-"""Keys that a command cannot set, and the reason."""
 
 
 @contextmanager

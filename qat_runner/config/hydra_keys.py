@@ -83,8 +83,8 @@ def check_typed(overrides: Sequence[str], groups: Callable[[str], bool]) -> None
         groups: returns whether a key is a group of configs.
 
     Raises:
-        ConfigError: an override sets one of Hydra's own keys other than the launcher's, an option that is a path, or an
-            interpolation.
+        ConfigError: an override sets one of Hydra's own keys other than the launcher's, an option that is a path or a
+            list, or an interpolation.
         OverrideParseException: Hydra cannot parse an override.
     """
     for override in OverridesParser.create().parse_overrides(list(overrides)):
@@ -93,6 +93,9 @@ def check_typed(overrides: Sequence[str], groups: Callable[[str], bool]) -> None
             raise _not_to_be_set(key)
         if groups(key) and ".." in line:
             raise ConfigError(f"{line}: an option is the name of a shipped config, not a path")
+        if groups(key) and isinstance(options := override.value(), list):  # Hydra would mix their keys
+            sweep = f"{line.partition('=')[0]}={','.join(map(str, options))}"
+            raise ConfigError(f"{line}: must be a single option; a sweep is qat-run -m {sweep}")
         _check_interpolations(key, line)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 T = TypeVar("T")
 
@@ -58,6 +58,16 @@ def plain(config: Any) -> dict[str, Any]:
 
 def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
     return {key: value.value if isinstance(value, Enum) else value for key, value in items}
+
+
+def names_of(schema: Any, prefix: str = "") -> list[str]:
+    """Return all dotted keys of a dataclass, and those of its groups."""
+    names = []
+    for name, hint in get_type_hints(schema).items():
+        names.append(prefix + name)
+        for part in filter(is_dataclass, (hint, *get_args(hint))):  # the arguments cover groups that may be null
+            names += names_of(part, f"{prefix}{name}.")
+    return names
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from qat_runner.config.allowed import check_values, require
+from qat_runner.config.allowed import check_values, require, unknown_key
 from qat_runner.config.fingerprints import path_of
 from qat_runner.config.plain_yaml import plain_yaml
 from qat_runner.config.schema import (
@@ -57,7 +57,7 @@ def from_hydra(composed: DictConfig) -> Config:
         raise ConfigError(" ".join(str(error).split())) from error
     assert isinstance(config, ConfigSchema)
     for key in _unknown_keys(config):
-        raise ConfigError(f"unknown key '{key}'; qat-run --help lists all keys")
+        raise ConfigError(unknown_key(key))
     for key in ("allocated", "fingerprints"):
         if getattr(config, key):
             raise ConfigError(f"{key}: cannot be set; the runner fills it in")

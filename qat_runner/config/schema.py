@@ -19,6 +19,7 @@ from qat_runner.config.versions import SCHEMA_VERSION
 from qat_runner.errors import ConfigError
 from qat_runner.policy import Policy, Rule, estimator_of
 from qat_runner.quant import METHODS, ClippingMethod, Estimator, Octav, clipping_method
+from qat_runner.wording import one_of
 
 
 class Mode(StrEnum):
@@ -693,7 +694,7 @@ class ConfigSchema(_Strict):
             ConfigError: the task does not exist.
         """
         if self.dataset.task not in FACTS:
-            raise ConfigError(f"dataset.task={self.dataset.task}: must be one of {', '.join(FACTS)}")
+            raise ConfigError(f"dataset.task={self.dataset.task}: {one_of(self.dataset.task, FACTS)}")
         return FACTS[self.dataset.task]
 
     @property

@@ -8,6 +8,7 @@ from qat_runner.data.dataset import Delivery
 from qat_runner.data.listing import printable
 from qat_runner.data.sets import DATASETS
 from qat_runner.errors import ConfigError, one_line
+from qat_runner.wording import one_of
 
 PREPARE = "python -m qat_runner.data.prepare"
 
@@ -21,7 +22,7 @@ def find_dataset(config: DatasetConfig, data_dir: str) -> Path:
             command prepares it.
     """
     if config.name not in DATASETS:
-        raise ConfigError(f"dataset.name={config.name}: must be one of {', '.join(DATASETS)}")
+        raise ConfigError(f"dataset.name={config.name}: {one_of(config.name, DATASETS)}")
     dataset = DATASETS[config.name]
     if config.task != dataset.task:
         raise ConfigError(f"dataset.task={config.task}: must be {dataset.task}, the task of {config.name}")

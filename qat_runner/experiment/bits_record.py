@@ -118,15 +118,32 @@ def _answer(search: Search, chosen: Chosen, probes: Probes) -> str:
     """Return the result as one sentence for readers."""
     config = search.config
     after = f" after {probes.steps} steps" if probes.steps else ""
-    said = (
-        f"{config.model.name} on {config.dataset.name} lives with {search.describe(chosen.best)}: "
-        f"{probes.describe(chosen.summary, after)}"
-    )
+    found = f"{search.describe(chosen.best)}: {probes.describe(chosen.summary, after)}"
+    network = f"{config.model.name} on {config.dataset.name}"
+    if config.max_drop is None:
+        return f"{network} with {config.asked_bits} has {found}; {_beside_within(search, chosen, probes)}"
+    return f"{network} lives with {found}; {_beside_least(search, chosen, probes)}"
+
+
+def _beside_within(search: Search, chosen: Chosen, probes: Probes) -> str:
+    """Return what uniform bits give within the limits."""
     if chosen.uniform is None:
-        return f"{said}; no uniform width does"
-    needs = "needs" if config.max_drop is not None else "with"
-    rival = search.uniform(chosen.width or 0)
-    if config.max_drop is not None and rival.bits == chosen.best.bits:
-        return f"{said}; these are {chosen.width} bits everywhere: no cheaper ones that were measured lose so little"
-    costs = "" if config.allocation.cost == "mean_bits" else f" ({search.describe(rival)})"
-    return f"{said}; uniform {needs} {chosen.width} bits{costs}: {probes.describe(chosen.uniform)}"
+        return f"no uniform width keeps {search.config.asked_bits}"
+    if search.uniform(chosen.width or 0).bits == chosen.best.bits:
+        return f"these are {chosen.width} bits everywhere"
+    return f"uniform with {_uniform(search, chosen)}: {probes.describe(chosen.uniform)}"
+
+
+def _beside_least(search: Search, chosen: Chosen, probes: Probes) -> str:
+    """Return how many uniform bits lose no more than max_drop."""
+    if chosen.uniform is None:
+        return "no uniform width does"
+    if search.uniform(chosen.width or 0).bits == chosen.best.bits:
+        return f"these are {chosen.width} bits everywhere: no cheaper ones that were measured lose so little"
+    return f"uniform needs {_uniform(search, chosen)}: {probes.describe(chosen.uniform)}"
+
+
+def _uniform(search: Search, chosen: Chosen) -> str:
+    """Describe the uniform network by its bits and, if these are not its cost, also by its cost."""
+    cost = search.describe(search.uniform(chosen.width or 0))
+    return f"{chosen.width} bits" if search.config.allocation.cost == "mean_bits" else f"{chosen.width} bits ({cost})"

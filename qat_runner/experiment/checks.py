@@ -38,6 +38,7 @@ from qat_runner.runs.records import LOCK, STEPS
 from qat_runner.runs.trackers import TRACKERS
 from qat_runner.tasks import TASKS, task_of
 from qat_runner.training import checkpoint
+from qat_runner.wording import meant, one_of
 
 T = TypeVar("T")
 
@@ -79,16 +80,16 @@ def _check_names(config: Config) -> None:
         ("dataset.augment", config.dataset.augment, AUGMENTATIONS),
     ):
         if value not in allowed:
-            raise ConfigError(f"{key}={value}: must be one of {', '.join(allowed)}")
+            raise ConfigError(f"{key}={value}: {one_of(value, allowed)}")
     if not any(config.model.name in task.networks for _, task in TASKS.sound()):
         names = dict.fromkeys(name for _, task in TASKS.sound() for name in task.networks)
         words = (f"{prefix}/NAME" for prefix in PREFIXES)
-        raise ConfigError(f"model={config.model.name}: must be one of {', '.join((*names, *words))}")
+        raise ConfigError(f"model={config.model.name}: {one_of(config.model.name, (*names, *words))}")
     if "none" in config.trackers and len(config.trackers) > 1:
         raise ConfigError(f"trackers=[{','.join(config.trackers)}]: none cannot be combined with other trackers")
     for name in config.trackers:
         if name not in TRACKERS:
-            raise ConfigError(f"trackers={name}: must be some of {', '.join(TRACKERS)}")
+            raise ConfigError(f"trackers={name}: must be some of {', '.join(TRACKERS)}{meant(name, TRACKERS)}")
         if missing := TRACKERS[name].missing():
             raise ConfigError(f"trackers={name}: {missing}")
 
@@ -147,7 +148,7 @@ def _check_teacher(config: Config) -> None:
     name, task = config.recipe.teacher_model, task_of(config)
     if name is not None:
         if name not in task.networks:
-            raise ConfigError(f"recipe.teacher_model={name}: must be one of {', '.join(task.networks)}")
+            raise ConfigError(f"recipe.teacher_model={name}: {one_of(name, task.networks)}")
         task.check(config.of_teacher)
     assert config.recipe.teacher is not None
     source = Source(config.recipe.teacher, config.recipe.teacher_part, "recipe.teacher")

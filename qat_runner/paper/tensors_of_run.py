@@ -21,6 +21,7 @@ from qat_runner.quant import Quantizer
 from qat_runner.runs.folder import RunFolder
 from qat_runner.tasks import TASKS, task_of
 from qat_runner.training.checkpoint import LAST
+from qat_runner.wording import one_of
 
 Look = Callable[[QuantizedTensor, Tensor], None]
 
@@ -57,13 +58,13 @@ def network_of_weights(model: str, weights: str, dataset: str, data_dir: Path | 
     from qat_runner.experiment import build
 
     if model not in MODELS:
-        raise ConfigError(f"--model {model}: must be one of {', '.join(MODELS)}")
+        raise ConfigError(f"--model {model}: {one_of(model, MODELS)}")
     if (found := library_of(model)) is not None:
         library, own = found
         library.check(own)
     fitting = [name for name, known in DATASETS.sound() if model in TASKS[known.task].networks]
     if dataset not in fitting:
-        raise ConfigError(f"--dataset {dataset}: must be one of {', '.join(fitting)}")
+        raise ConfigError(f"--dataset {dataset}: {one_of(dataset, fitting)}")
     source = Source(weights)
     find_weights(source, model)
     config = from_hydra(compose_config([f"model={quoted(model)}", f"dataset={dataset}", "bits=4"]))

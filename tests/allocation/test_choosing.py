@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -37,7 +37,8 @@ class How:
 @dataclass
 class Asked:
     allocation: How
-    max_drop: float = 1.0
+    max_drop: float | None = 1.0
+    asked_bits: str = "budget=5"
     retrain_steps: int = 0
     limits: dict[str, float] = field(default_factory=dict)
     model: Any = field(default_factory=lambda: SimpleNamespace(name="net"))
@@ -182,6 +183,24 @@ def test_the_fewest_bits_are_those_of_all_networks_on_the_way() -> None:
     assert record["chosen"] == {key: value for key, value in record["uniform"][1].items() if key != "width"}
     assert [point["value"] for point in record["uniform"]] == [41.0, 50.0, 50.0]
     assert record["measured"] and all(point["value"] is not None for point in record["measured"])
+
+
+def test_the_answer_within_a_budget_does_not_say_that_the_loss_is_small() -> None:
+    search = search_by(How(cost="mean_bits"), ([STEEP], [EVEN], [FLAT], [FLAT]))
+    search.config.max_drop, search.limits = None, [Limit(measure, 5.0) for measure in search.cost]
+    probes: Any = Foretold(lambda bits: 0.0 if {*bits.values()} == {4} else 1.0)
+    mixed = search.within_limits(probes)
+    even = replace(mixed, best=search.uniform(4), summary=search.measure(probes, search.uniform(4)))
+    for chosen, answer in (
+        (mixed, "5.0 bits (weights), 5.0 bits (activations): 49 %; uniform with 4 bits: 50 %"),
+        (even, "4.0 bits (weights), 4.0 bits (activations): 50 %; these are 4 bits everywhere"),
+        (
+            replace(mixed, width=None, uniform=None),
+            "5.0 bits (weights), 5.0 bits (activations): 49 %; no uniform width keeps budget=5",
+        ),
+    ):
+        record = recorded(search, chosen, probes, Prices("measured", (4,), {}, {}), 0.0)
+        assert record["answer"] == f"net on data with budget=5 has {answer}"
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_bits_are_chosen_before_training(run: Run, capsys: pytest.CaptureFixture
     assert record["chosen"]["costs"]["mean bits of weights"] <= 4 + 1e-9
     assert record["chosen"]["rise"] <= record["uniform"][1]["rise"] and record["uniform"][1]["width"] == 4
     assert [point["value"] is not None for point in record["uniform"]] == [False, True, False]
-    assert record["answer"].startswith("resnet20 on digits lives with ") and record["answer"] in log
+    assert record["answer"].startswith("resnet20 on digits with budget=4 has ") and record["answer"] in log
     assert (chosen / "prices.csv").read_text().count("\n") == 1 + 40 and record["beside"] == "measured"
     assert (chosen / "bits.png").read_bytes().startswith(b"\x89PNG")
     summary = SUMMARY.read(chosen)

@@ -98,6 +98,38 @@ def test_a_format_an_estimator_a_tracker_and_options(tmp_path: Path) -> None:
     assert "clipping=halved_maximum: share=2: must be above 0 and at most 1" in done.stderr
 
 
+@pytest.fixture
+def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Install my_package in this process; afterwards, forget the options that it added."""
+    installed(tmp_path / "site", ENTRY_POINTS)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.chdir(tmp_path)
+    groups = [ConfigStore.instance().repo.setdefault(name, {}) for name in ("clipping", "gradient", "model", "dataset")]
+    before = [{*group} for group in groups]
+    yield
+    for group, names in zip(groups, before, strict=True):
+        for name in {*group} - names:
+            del group[name]
+
+
+@pytest.mark.usefixtures("plugins")
+@pytest.mark.parametrize(
+    ("word", "suggestion"),
+    [
+        ("clipping=halved_maximun", "halved_maximum"),
+        ("clipping.name=halved_maximun", "halved_maximum"),
+        ("gradient=leeky", "leaky"),
+        ("format=codebok", "codebook"),
+        ("model=small_networks", "small_network"),
+        ("dataset=stripe", "stripes"),
+        ("trackers=[line]", "lines"),
+    ],
+)
+def test_the_names_of_plugins_are_suggested(word: str, suggestion: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["model=resnet8", "dataset=digits", word]) == 2
+    assert capsys.readouterr().err.endswith(f"; did you mean {suggestion}?\n")
+
+
 BROKEN = {
     "clipping": ("clipping=broken", "clipping method 'broken': my_package.nowhere:X cannot be imported"),
     "gradients": ("gradient=broken", "gradient estimator 'broken': my_package.nowhere:X cannot be imported"),
