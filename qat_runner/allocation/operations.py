@@ -98,7 +98,8 @@ class Network:
 
     def by_tensor(self) -> "Network":
         """Return the network with an operation of its own for each operand."""
-        return replace(self, operations=tuple(replace(op, operands=(o,)) for op in self.operations for o in op.operands))
+        apart = (replace(op, operands=(operand,)) for op in self.operations for operand in op.operands)
+        return replace(self, operations=tuple(apart))
 
     @property
     def free(self) -> list[Operand]:
