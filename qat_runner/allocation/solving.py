@@ -139,9 +139,9 @@ def _solve_apart(values: Sequence[np.ndarray], tables: Sequence[Sequence[np.ndar
     _, group = connected_components(bound.T.astype(int) @ bound, directed=False)
     chosen = [0] * len(values)
     for number in np.unique(group):
-        rows = np.flatnonzero(group == number)
-        by = np.flatnonzero(bound[:, rows].any(axis=1))
-        rest = [sum(float(tables[i][row].min()) for row in np.flatnonzero(group != number)) for i in by]
+        rows = np.flatnonzero(group == number).tolist()
+        by = np.flatnonzero(bound[:, rows].any(axis=1)).tolist()
+        rest = [sum(float(tables[i][row].min()) for row in np.flatnonzero(group != number).tolist()) for i in by]
         some = [[table[row] for row in rows] for table in (values, *(tables[i] for i in by))]
         for row, at in zip(rows, _solve(some[0], some[1:], most[by] - rest), strict=True):
             chosen[row] = at
