@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 
 from qat_runner.config import LIMITS, Config, Mode, clipping_label, gradient_label, load_config, policy_label, settings
 from qat_runner.config.composing import quoted
+from qat_runner.config.identities import OPTIONS_OF_LABEL
 from qat_runner.config.tasks import Measure
 from qat_runner.errors import ConfigError, UnreadableError
+from qat_runner.quant.limits import with_options
 from qat_runner.report.page import shown
-from qat_runner.report.results import read_results
+from qat_runner.report.results import results_and_errors
 from qat_runner.report.runs import Key, by_precedence, configs_in, differing_keys, key_of, place_of, recipe_of, selected
 from qat_runner.report.starts import each_seed_has_its_own, start_of
 from qat_runner.report.tables import Result, full_precision_of
@@ -87,13 +89,21 @@ class Entry:
         """The method without the variant, and without the hash of its rules: all policies are one kind."""
         return self._kind(policy_label(self.config, hashed=False))
 
+    @property
+    def clipping(self) -> str:
+        """The clipping method without its options."""
+        return clipping_label(self.config)
+
     def _kind(self, policy: str) -> str:
         if self.full_precision:
             return FULL_PRECISION
         config = self.config
-        gradient = "" if config.clipping.learned or config.gradient.name == "mph" else gradient_label(config)
+        gradient = "" if config.clipping.learned or gradient_label(config) == "mph" else gradient_label(config)
         distilled = "distilled" if config.distilling else ""
-        return ", ".join(filter(None, [clipping_label(config), gradient, policy, *config.remedies, distilled]))
+        method = config.clipping_in_mode.method
+        known = {name: value for name, value in method.options.items() if name in OPTIONS_OF_LABEL}
+        clipping = with_options(self.clipping, method, known | config.clipping_of_mode)
+        return ", ".join(filter(None, [clipping, gradient, policy, *config.remedies, distilled]))
 
     @property
     def result(self) -> Result:
@@ -148,7 +158,9 @@ def entries(
     left_out: list[str] = []
     for place in {place.resolve(): place for place in places}.values():
         if tables and place.suffix == ".csv" and place.is_file():
-            lines = [Entry(run.folder, run.config, run.summary, [], line=run.line) for run in read_results(place)]
+            runs, errors = results_and_errors(place)
+            lines = [Entry(run.folder, run.config, run.summary, [], line=run.line) for run in runs]
+            left_out += errors
             found |= {entry.key: entry for entry in lines}
             continue
         configs, unreadable = _configs_at(place, alone=len(places) == 1)
@@ -366,6 +378,12 @@ def by_method(runs: Iterable[Entry]) -> list[tuple[str, list[Entry]]]:
 def measure_of(runs: Sequence[Entry]) -> Measure:
     """Return the metric of runs on one data set."""
     return runs[0].config.task.measure
+
+
+def unplaced(runs: Iterable[Entry]) -> list[str]:
+    """Return a sentence for each finished run that has no place in a comparison, with the reason."""
+    why = "does not record the average bit-width that was chosen"
+    return [f"{run.folder}: {why}" for run in runs if run.summary is not None and run.bits is None]
 
 
 def rules_in_words(runs: Iterable[Entry]) -> list[str]:

@@ -19,6 +19,7 @@ from qat_runner.config import (
     run_name,
     settings,
 )
+from qat_runner.config.identities import OPTIONS_OF_LABEL
 from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.policy import FULL_PRECISION
 from qat_runner.report.starts import each_seed_has_its_own, start_apart
@@ -266,5 +267,5 @@ def _usual(config: Config) -> bool:
     if config.quantization.full_precision:
         return True
     method = config.clipping_in_mode.method
-    named = {name: value for name, value in method.options.items() if name in ("q", "start")}
+    named = {name: value for name, value in method.options.items() if name in OPTIONS_OF_LABEL}
     return method == type(method)(**named) and gradient_label(config) in ("own", config.gradient.name)

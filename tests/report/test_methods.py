@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from statistics import stdev
 
@@ -11,6 +12,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from qat_runner.cli.report import main as report
+from qat_runner.config.tasks import Measure
 from qat_runner.errors import ConfigError
 from qat_runner.paper import figures
 from qat_runner.report import compare_page
@@ -112,15 +114,33 @@ def test_each_setting_has_a_reference_of_its_own(tmp_path: Path) -> None:
     assert {each.reference for each in named} == {"octav, limit_train_batches=1"}
 
 
-def test_what_a_method_has_itself_is_compared_whatever_else_it_has(tmp_path: Path) -> None:
-    for iterations in (3, 10):
-        make_run(tmp_path, f"clipping.iterations={iterations}", top1=50.0 + iterations)
+def test_options_of_a_method_are_part_of_its_name(tmp_path: Path) -> None:
+    for words, top1 in (
+        (("clipping.iterations=1", "gradient=ste"), 40.0),
+        (("gradient=ste",), 50.0),
+        (("clipping.iterations=3",), 53.0),
+        ((), 60.0),
+    ):
+        make_run(tmp_path, *words, top1=top1)
     found = standings(entries([tmp_path])[0])
     assert {each.method: (each.reference, each.differences, each.apart) for each in found} == {
-        "octav, iterations=10": ("octav, iterations=10", {}, False),
-        "octav, iterations=3": ("octav, iterations=10", {0: -7.0}, False),
+        "octav": ("octav", {}, False),
+        "octav(iterations=3)": ("octav", {0: -7.0}, False),
+        "octav, ste": ("octav", {0: -10.0}, False),
+        "octav(iterations=1), ste": ("octav", {0: -20.0}, False),
     }
     assert len(table(found).notes) == 2
+    named = standings(entries([tmp_path])[0], "octav(iterations=1)")
+    assert {each.reference for each in named} == {"octav(iterations=1), ste"}
+
+
+def test_what_a_mode_sets_itself_is_no_option(tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_text("x")
+    words = "mode=ptq", f"weights={tmp_path / 'x.pt'}", "clipping=octav"
+    for more in ((), ("clipping.refine=0",), ("clipping=percentile", "clipping.q=99.9")):
+        make_run(tmp_path / "runs", *words, *more)
+    methods = {each.method for each in standings(entries([tmp_path / "runs"])[0])}
+    assert methods == {"octav", "octav(refine=0)", "percentile99.9"}
 
 
 def test_limits_of_chosen_bits_stand_for_bits(tmp_path: Path) -> None:
@@ -142,7 +162,15 @@ def test_scatter_is_called_so(tmp_path: Path) -> None:
         make_run(tmp_path, f"seed={seed}", "clipping=mse_sweep", top1=60.5)
     found = _by_method(standings(entries([tmp_path])[0]))
     assert found["max", "4"].text == "within the seeds' scatter"
-    assert found["mse_sweep", "4"].text == "the same for all seeds"
+    assert found["mse_sweep", "4"].text == "the same difference for all seeds"
+
+
+def test_equal_differences_of_seeds_that_differ_are_called_so(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        make_run(tmp_path, f"seed={seed}", top1=60.5 + seed)
+        make_run(tmp_path, f"seed={seed}", "clipping=max", top1=60.0 + seed)
+    found = _by_method(standings(entries([tmp_path])[0]))
+    assert found["max", "4"].text == "the same difference for all seeds" and found["max", "4"].difference.mean == -0.5
 
 
 def test_policies_are_named_by_a_hash_and_their_rules_listed_once(tmp_path: Path) -> None:
@@ -206,6 +234,24 @@ def test_the_command_and_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (
         "Over seeds bits method seeds" in text
     )  # one network, which the header names and "-2.03 [-3.15, -0.91] worse" in text
+
+
+def test_what_is_left_out_is_named_below_the_table(tmp_path: Path) -> None:
+    runs = _runs(tmp_path / "runs")
+    (make_run(runs, "seed=9", name="broken") / "summary.json").write_text("{")
+    unplaced = make_run(runs, "mode=allocate", "weights=baseline", "size_mb=0.5", name="old")
+    assert report(["methods", str(runs), "--out", str(tmp_path / "out")]) == 0
+    (line,) = (line for line in (tmp_path / "out/methods.md").read_text().splitlines() if line.startswith("Left out"))
+    assert f"{runs}/broken/summary.json: cannot be read (" in line
+    assert f"; {unplaced}: does not record the average bit-width" in line
+
+
+def test_the_unit_of_differences_is_that_of_the_metric(tmp_path: Path) -> None:
+    points, plain, other = Measure("top1"), Measure("perplexity", "", True), Measure("psnr", "dB")
+    assert [measure.points for measure in (points, plain, other)] == ["points", "perplexity", "dB"]
+    (one, *_) = standings(entries([_runs(tmp_path)])[0])
+    assert "the same seed, in points;" in table([one]).notes[0]
+    assert "the same seed, in points or perplexity;" in table([one, replace(one, measure=plain)]).notes[0]
 
 
 def test_bits_that_differ_are_no_seeds(tmp_path: Path) -> None:
