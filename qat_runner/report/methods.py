@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from qat_runner.config.tasks import Measure
 from qat_runner.errors import ConfigError
 from qat_runner.report.differences import CONFIDENCE, Differences
-from qat_runner.report.entries import Entry, Setting, Width, by_method, by_network, measure_of
+from qat_runner.report.entries import Entry, Setting, Width, by_method, by_network, gaps_of, measure_of
 from qat_runner.report.runs import Key
-from qat_runner.report.tables import Table, against_full_precision, head, mean_and_deviation, of_some
+from qat_runner.report.tables import Table, head, mean_and_deviation, of_some
 from qat_runner.runs.records import score
 
 USUAL = "octav"
@@ -71,8 +71,7 @@ def standings(runs: Sequence[Entry], against: str | None = None) -> list[Standin
     done = [run for run in runs if run.summary is not None and run.bits is not None]
     quantized = [run for run in done if not run.full_precision]
     named = None if against is None else _going_by(against, quantized)
-    gaps = against_full_precision([run.result for run in done])
-    gap = {run.key: gap for run, gap in zip(done, gaps, strict=True) if gap is not None}
+    gap = gaps_of(done)
     return [each for name, some in by_network(done).items() for each in _of_network(name, some, gap, named)]
 
 

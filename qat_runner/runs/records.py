@@ -144,7 +144,7 @@ def _filled(row: object) -> object:
     if not isinstance(row, dict):
         return row
     listed = Summary.__annotations__
-    cells = {key: cell if key in listed else _as_number(cell) for key, cell in row.items() if cell}
+    cells: dict[str, Any] = {key: cell if key in listed else _as_number(cell) for key, cell in row.items() if cell}
     return {"sqnr_db": None, **cells} | ({"remedies": cells["remedies"].split("+")} if "remedies" in cells else {})
 
 

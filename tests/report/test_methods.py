@@ -15,7 +15,7 @@ from qat_runner.cli.report import main as report
 from qat_runner.config.tasks import Measure
 from qat_runner.errors import ConfigError
 from qat_runner.paper import figures
-from qat_runner.report import compare_page
+from qat_runner.report import compare_page, run_page
 from qat_runner.report.entries import entries, rules_in_words
 from qat_runner.report.methods import Standing, numbers, standings, table
 from tests.report.test_pages import make_run, text_of
@@ -132,6 +132,23 @@ def test_options_of_a_method_are_part_of_its_name(tmp_path: Path) -> None:
     assert len(table(found).notes) == 2
     named = standings(entries([tmp_path])[0], "octav(iterations=1)")
     assert {each.reference for each in named} == {"octav(iterations=1), ste"}
+
+
+def test_runs_on_other_numbers_of_processes_are_told_apart(tmp_path: Path) -> None:
+    """Those that are not finished count as well; records without the number are of one process."""
+    for seed, processes in ((0, None), (1, 1), (2, 4), (3, 4)):
+        run = make_run(tmp_path, f"seed={seed}", top1=60.0 + seed)
+        more = {} if processes is None else {"processes": processes}
+        (run / "summary.json").write_text(json.dumps(json.loads((run / "summary.json").read_text()) | more))
+    run = make_run(tmp_path, "seed=4", top1=None)
+    begun = json.loads((run / "environment.json").read_text())
+    (run / "environment.json").write_text(json.dumps(begun | {"resumed": [begun | {"processes": 4}]}))
+    runs = entries([tmp_path])[0]
+    methods = {run.config.seed: run.method for run in runs}
+    one, four = "octav, processes=1", "octav, processes=4"
+    assert methods == {0: one, 1: one, 2: four, 3: four, 4: four}
+    assert {each.method: list(each.values) for each in standings(runs)} == {one: [0, 1], four: [2, 3]}
+    assert " run seed processes " in text_of(compare_page.write([tmp_path], tmp_path / "page.html"))
 
 
 def test_what_a_mode_sets_itself_is_no_option(tmp_path: Path) -> None:
@@ -539,6 +556,18 @@ def test_the_baseline_that_runs_start_from_stands_beside_them(tmp_path: Path) ->
         *(("octav", (-1.0,)), ("max", (-2.0,)), ("full precision", ()))
     ]
     assert len({each.network for each in found}) == 1 and start.exists()
+
+
+def test_what_a_search_measured_is_full_precision(tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_text("x")
+    weights, runs = f"weights={tmp_path / 'x.pt'}", tmp_path / "runs"
+    search = make_run(runs, "mode=allocate", weights, "budget=4", top1=80.0)
+    make_run(search / "probes", "bits=32", "mode=evaluate", weights, top1=85.0)
+    make_run(runs, "policy=auto", "mode=retrain", weights, "budget=4", top1=84.0)
+    found = standings(entries([runs])[0])
+    assert {each.network.rpartition(" ")[2]: each.gap.values for each in found} == {"allocate": (-5,), "retrain": (-1,)}
+    assert "-5.00" in text_of(compare_page.write([runs], tmp_path / "page.html"))
+    assert "-5.00 points; fp32 is the network that it starts from" in text_of(run_page.write(search, tmp_path / "run"))
 
 
 def test_numbers_to_compute_with(tmp_path: Path) -> None:
