@@ -231,17 +231,19 @@ def _table6(run: Path | None, out: Path) -> list[Path]:
 def _methods(args: argparse.Namespace) -> list[Path]:
     from qat_runner.paper import figures
     from qat_runner.report import methods
-    from qat_runner.report.entries import entries, rules_in_words
+    from qat_runner.report.entries import entries, rules_in_words, unplaced
     from qat_runner.report.runs import not_finished
 
     runs, left_out = entries(args.places, args.dataset, args.model)
+    left_out += unplaced(runs)
     for why in left_out:
         logging.getLogger("qat_runner").warning(f"{why}: left out")
     found = methods.standings(runs, args.against)
     if not found:
         raise ConfigError(f"{_named(args.places)}: holds no finished run")
     unfinished = not_finished(run.folder for run in runs if run.summary is None)
-    table = methods.table(found, [*rules_in_words(runs), *unfinished])
+    absent = [f"Left out: {'; '.join(left_out)}."] if left_out else []
+    table = methods.table(found, [*rules_in_words(runs), *unfinished, *absent])
     print(table.text("markdown"))
     texts = {layout: table.text(layout) for layout in LAYOUTS} | {"csv": methods.numbers(found).text("csv")}
     return [*_write(args.out, "methods", texts), *figures.save(figures.methods(found), args.out / "methods")]

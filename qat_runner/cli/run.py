@@ -365,11 +365,17 @@ def _print_results(rows: Mapping[Path, Row], done: Collection[Path]) -> None:
     if not finished:
         return
     from qat_runner.report import tables
-    from qat_runner.report.runs import full_precision_in
+    from qat_runner.report.runs import full_precision_in, full_precision_of_searches
 
     place = {folder: folder.resolve().parent for folder in finished}
-    results = [tables.Result(rows[folder].config, summary, place[folder]) for folder, summary in finished.items()]
-    beside = [result for folder in dict.fromkeys(place.values()) for result in full_precision_in(folder)]
+    results = [
+        tables.Result(rows[folder].config, summary, place[folder], folder) for folder, summary in finished.items()
+    ]
+    beside = [
+        result
+        for folder in dict.fromkeys(place.values())
+        for result in (*full_precision_in(folder), *full_precision_of_searches(folder))
+    ]
     log.info("\n" + tables.results_table(results, beside))
     if tables.several_seeds(results):
         log.info("\nOver seeds, mean ± standard deviation:\n\n" + tables.seeds_table(results, beside))

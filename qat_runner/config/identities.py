@@ -293,6 +293,10 @@ def clipping_label(config: Config, became_static: bool | None = None) -> str:
     return "-".join([*parts, config.clipping.name + suffix, *of_both, *(["to-static"] if became else [])])
 
 
+OPTIONS_OF_LABEL = ("q", "start")
+"""Options of a clipping method that its label shows."""
+
+
 def _of_both(weights: str, activations: str, usual: str) -> list[str]:
     """Return the parts of a label for the values of weights and activations that differ from the usual one."""
     if weights == activations:

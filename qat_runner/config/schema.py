@@ -745,11 +745,15 @@ class Config(ConfigSchema):
         """`clipping` with nulls replaced by their meaning in this mode: without training, OCTAV accounts for what the
         paper neglects. `clipping` itself keeps the requested values, because a config derived from this one may have
         another mode, such as the retrained probes of qat-bits."""
-        usual: dict[str, Any] = {}
-        if self.mode in (Mode.ptq, Mode.allocate) and self.clipping.name == Octav.name:
-            usual = {"missing_code": True, "refine": 0 if self.clipping.sync else 64}
-        missing = {key: value for key, value in usual.items() if getattr(self.clipping, key) is None}
+        missing = {key: value for key, value in self.clipping_of_mode.items() if getattr(self.clipping, key) is None}
         return replace(self.clipping, **missing)
+
+    @property
+    def clipping_of_mode(self) -> dict[str, Any]:
+        """The options of `clipping` that have a default of their own in this mode, with these defaults."""
+        if self.mode in (Mode.ptq, Mode.allocate) and self.clipping.name == Octav.name:
+            return {"missing_code": True, "refine": 0 if self.clipping.sync else 64}
+        return {}
 
     @property
     def bits_label(self) -> int | str:

@@ -39,8 +39,8 @@ class Measure:
 
     @property
     def points(self) -> str:
-        """The unit of differences."""
-        return "points" if self.unit else self.name
+        """The unit of differences: percentage points for a percentage."""
+        return "points" if self.unit == "%" else self.unit or self.name
 
     def better(self, value: float, than: float) -> bool:
         """Whether one value is better than another."""

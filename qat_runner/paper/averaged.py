@@ -53,7 +53,7 @@ def _finished(runs: Sequence[Run]) -> list[Run]:
 
 
 def _recipe(some: Sequence[Run]) -> Recipe:
-    return str(recipe_of(some[0].config)), start_of(min(some, key=lambda run: run.seed).config)
+    return str(recipe_of(some[0])), start_of(min(some, key=lambda run: run.seed).config)
 
 
 def _groups(runs: Sequence[Run]) -> list[list[Run]]:

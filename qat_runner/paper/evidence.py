@@ -14,7 +14,6 @@ from qat_runner.config import Config, Distill, differences, identity, plain, run
 from qat_runner.config.schema import OF_STAGE, RecipeConfig
 from qat_runner.paper.tables import paper
 from qat_runner.policy import FULL_PRECISION as FULL_BITS
-from qat_runner.report import tables
 from qat_runner.report.differences import Differences
 from qat_runner.report.runs import Run, check_seeds
 from qat_runner.report.starts import start_apart
@@ -97,12 +96,12 @@ def setups_of(runs: Sequence[Run]) -> list[Setup]:
     Of equal runs, the first counts; the others serve only as full precision of the runs beside them.
     """
     done = [(run, run.summary) for run in runs if run.summary is not None]
-    gaps = against_full_precision([tables.Result(run.config, summary, run.place) for run, summary in done])
+    gaps = against_full_precision([run.result for run, _ in done])
     groups: dict[tuple[str, str], list[Result]] = {}
     counted = _first_of_equals([run for run, _ in done])
     for (run, _), gap, first in zip(done, gaps, counted, strict=True):
         if first and is_row(run):
-            groups.setdefault(_alike(run.config), []).append(Result(run, gap))
+            groups.setdefault(_alike(run), []).append(Result(run, gap))
     for network, quantized in [key for key in groups if key[1] == IN_FULL_PRECISION]:
         others = [some for key, some in groups.items() if key[0] == network and key[1] != quantized]
         for some in others:
@@ -126,7 +125,7 @@ def repeated(runs: Sequence[Run]) -> list[Run]:
 
 def _first_of_equals(runs: Sequence[Run]) -> list[bool]:
     """Return of each run whether none before it is the same run, of the same seed."""
-    names = [run_name(run.config) for run in runs]
+    names = [(run_name(run.config), run.processes) for run in runs]
     return [names.index(name) == i for i, name in enumerate(names)]
 
 
@@ -134,10 +133,10 @@ IN_FULL_PRECISION = str([])
 """The second part of what `_alike` returns for a run without quantization."""
 
 
-def _alike(config: Config) -> tuple[str, str]:
-    """Return what all runs of a setup share as text, in the two parts of `_shared`."""
-    plain, beside = _shared(config)
-    return str(sorted(plain.items())), str(sorted(beside.items()))
+def _alike(run: Run) -> tuple[str, str]:
+    """Return what all runs of a setup share as text, in the two parts of `_shared`, with the number of processes."""
+    plain, beside = _shared(run.config)
+    return str([*sorted(plain.items()), run.processes]), str(sorted(beside.items()))
 
 
 def _shared(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:

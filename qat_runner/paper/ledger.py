@@ -124,6 +124,8 @@ def _setup(setup: Setup) -> list[str]:
     where = [setup.name, setup.model, f"{config.model.width:g}", config.dataset.name, _inputs(config)]
     asked = setup_command(setup)
     text = f"`{asked}`" if asked else "no command of this version gives these runs"
+    processes = setup.results[0].run.processes
+    text += f" on {processes} processes" if processes > 1 else ""
     return [*where, str(config.mode), _length(config), *step, seeds, str(len(setup.results)), text]
 
 

@@ -12,10 +12,10 @@ from omegaconf import OmegaConf
 from qat_runner.config import run_name
 from qat_runner.errors import ConfigError
 from qat_runner.paper.averaged import averaged
-from qat_runner.report.runs import Key, Run, by_precedence, differing_keys, recipe_of
+from qat_runner.report.differing import differing_keys
+from qat_runner.report.runs import Key, Run, by_precedence, recipe_of
 from qat_runner.report.starts import start_apart
 from qat_runner.report.tables import (
-    Result,
     Table,
     against_full_precision,
     full_precision_of,
@@ -231,9 +231,9 @@ def _against_full_precision(runs: Sequence[Run]) -> tuple[dict[Key, Key], dict[K
     for run in runs:
         if run.summary is not None:
             full = run.row in FULL_PRECISION_ROWS
-            first.setdefault((run.place, run_name(run.config)) if full else run.key, run)
+            first.setdefault((run.place, run_name(run.config), run.processes) if full else run.key, run)
     done = list(first.values())
-    results = [Result(run.config, run.summary or {}, run.place) for run in done]
+    results = [run.result for run in done]
     found = full_precision_of(results)
     gaps = zip(done, against_full_precision(results, found), strict=True)
     baselines = {run.key: done[i].key for run, i in zip(done, found, strict=True) if i is not None}
@@ -263,7 +263,7 @@ def _unlike(model: str, rows: Sequence[Row]) -> list[str]:
 
 def _keys_apart(one: Sequence[Run], other: Sequence[Run]) -> list[str]:
     """Return the keys in which two cells should not differ but do; "weights" if runs of one seed start from others."""
-    keys = [key for key in differing_keys([recipe_of(one[0].config), recipe_of(other[0].config)]) if key != "mode"]
+    keys = [key for key in differing_keys([recipe_of(one[0]), recipe_of(other[0])]) if key != "mode"]
     pairs = [(a.config, b.config) for a in one for b in other if a.seed == b.seed]
     return [*keys, *(["weights"] if any(start_apart(a, b) for a, b in pairs) else [])]
 

@@ -54,10 +54,11 @@ def options_of(chosen: object) -> dict[str, Any]:
     return {field.name: getattr(chosen, field.name) for field in fields(chosen)} if is_dataclass(chosen) else {}
 
 
-def with_options(name: str, chosen: object) -> str:
-    """Return the name of a method or an estimator with all options that differ from their defaults: "octav",
-    "percentile(q=99.9)"."""
+def with_options(name: str, chosen: object, known: Mapping[str, Any] | None = None) -> str:
+    """Return the name of a method or an estimator with all options that differ from their defaults, or from the values
+    that are `known`: "octav", "percentile(q=99.9)"."""
     usual = {field.name: field.default for field in fields(chosen)} if is_dataclass(chosen) else {}
+    usual |= known or {}
     said = [f"{option}={value}" for option, value in options_of(chosen).items() if value != usual[option]]
     return f"{name}({', '.join(said)})" if said else name
 

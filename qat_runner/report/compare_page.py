@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qat_runner.config import policy_label, settings
+from qat_runner.config import policy_label
 from qat_runner.config.tasks import Measure
 from qat_runner.report import methods, page
+from qat_runner.report.differing import differing_keys, keys_that_differ, settings_of, value_in_words
 from qat_runner.report.entries import (
     RULES,
     Entry,
@@ -16,14 +17,12 @@ from qat_runner.report.entries import (
     by_method,
     by_network,
     entries,
-    keys_that_differ,
+    gaps_of,
     measure_of,
     rules_in_words,
-    value_in_words,
 )
 from qat_runner.report.page import Chart, PlotlyTrace, View, axes, line, number, rounded
-from qat_runner.report.runs import differing_keys
-from qat_runner.report.tables import Table, against_full_precision, best_head, head, measures
+from qat_runner.report.tables import Table, best_head, head, measures
 from qat_runner.runs.records import Summary, metric, score, validated
 from qat_runner.runs.status import status
 from qat_runner.wording import digits, percent
@@ -129,14 +128,13 @@ def _y_axis(runs: Sequence[Entry]) -> dict[str, Any]:
 def _table(runs: Sequence[Entry]) -> dict[str, Any]:
     """Return headers, rows (words, numbers as text and value, words again), and the words that all runs share."""
     summaries = [run.summary for run in runs if run.summary is not None]
-    finished = {run.folder: run.result for run in runs if run.summary is not None}
-    drops = dict(zip(finished, against_full_precision(list(finished.values())), strict=True))
+    drops = gaps_of(runs)
     found = measures(summaries) or [Measure("accuracy")]
     heads = ("bits", head(found), "vs fp32", best_head(found), "SQNR dB", *EFFECTIVE, "MB", "minutes", "seed")
     words = [_words(run, name) for run, name in zip(runs, _names(runs), strict=True)]
     varied = [key for key in words[0] if key in ("method", "run") or len({row[key] for row in words}) > 1]
     before, after = ([key for key in varied if (key in ("mode", "run")) == late] for late in (False, True))
-    numbers = [_figures(run, drops.get(run.folder)) for run in runs]
+    numbers = [_figures(run, drops.get(run.key)) for run in runs]
     known = [i for i in range(len(heads)) if any(row[i][0] is not None for row in numbers)]
     rows = [
         (
@@ -304,7 +302,7 @@ def _differing(runs: Sequence[Entry]) -> tuple[list[str], list[tuple[str, list[s
     A key that only some runs have counts as a difference if the DECIDING keys are equal; otherwise it follows from
     these.
     """
-    theirs = [settings(run.config) for run in runs]
+    theirs = [settings_of(run) for run in runs]
     alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for setting in theirs:
         alike.setdefault(tuple(str(setting.get(key)) for key in DECIDING), []).append(setting)

@@ -22,7 +22,7 @@ class Verdict(StrEnum):
     FAILS = "does not hold"
     OPEN = "cannot be told"
     ONE_SEED = "cannot be told: one seed"
-    ALIKE = "cannot be told: all seeds alike"
+    ALIKE = "cannot be told: equal differences"
     ALONE = "cannot be told: nothing to compare with"
     NOT_RUN = "not run"
 
@@ -43,7 +43,7 @@ class Differences:
     def interval(self) -> tuple[float, float] | None:
         """The confidence interval of the mean; None for one seed, or for equal values that are not `certain`.
 
-        If all values are equal, the seed had no influence on the computation, so they are no independent samples.
+        Equal values say nothing about the scatter: the seed had no influence on the results, or the same one on both.
         """
         from scipy.special import stdtrit
 
@@ -68,7 +68,7 @@ class Differences:
     def describe(self, lower_is_better: bool) -> str:
         """Return whether one method is better or worse than the other, in words, or why that is undecided."""
         if self.interval is None:
-            alike = "one seed" if len(self.values) == 1 else "the same for all seeds"
+            alike = "one seed" if len(self.values) == 1 else "the same difference for all seeds"
             return alike if self.values else "nothing to compare with"
         low, high = self.interval
         if low <= 0 <= high:

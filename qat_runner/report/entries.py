@@ -3,21 +3,40 @@
 import os
 import statistics
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qat_runner.config import LIMITS, Config, Mode, clipping_label, gradient_label, load_config, policy_label, settings
+from qat_runner.config import LIMITS, Config, Mode, clipping_label, gradient_label, load_config, policy_label
 from qat_runner.config.composing import quoted
+from qat_runner.config.identities import OPTIONS_OF_LABEL
 from qat_runner.config.tasks import Measure
 from qat_runner.errors import ConfigError, UnreadableError
-from qat_runner.report.page import shown
-from qat_runner.report.results import read_results
-from qat_runner.report.runs import Key, by_precedence, configs_in, differing_keys, key_of, place_of, recipe_of, selected
+from qat_runner.quant.limits import with_options
+from qat_runner.report.differing import (
+    differing_keys,
+    in_words,
+    keys_that_differ,
+    processes_of,
+    settings_of,
+    value_in_words,
+)
+from qat_runner.report.results import results_and_errors
+from qat_runner.report.runs import (
+    Key,
+    by_precedence,
+    configs_in,
+    full_precision_of_searches,
+    key_of,
+    place_of,
+    recipe_of,
+    selected,
+)
 from qat_runner.report.starts import each_seed_has_its_own, start_of
-from qat_runner.report.tables import Result, full_precision_of
-from qat_runner.runs.records import METRICS, SUMMARY, EpochRow, Summary
+from qat_runner.report.tables import Result, against_full_precision, full_precision_of
+from qat_runner.runs.records import ENVIRONMENT, METRICS, SUMMARY, EpochRow, Summary
 
 FULL_PRECISION = "full precision"
 
@@ -35,9 +54,6 @@ RULES = "rules"
 
 Setting = tuple[tuple[str, str], ...]
 """Keys in which compared methods differ but should not, each with its text: ("lr", "lr=0.1")."""
-
-DIGITS_OF_HASH = 8
-"""Number of digits of a file's fingerprint that are shown."""
 
 
 class Width(NamedTuple):
@@ -67,6 +83,8 @@ class Entry:
     none yet, or bits are not chosen"""
     line: int | None = None
     """line in a table of results; None for a run folder"""
+    processes: int = 1
+    """number of processes that trained the run, see `processes_of`; those of the latest start while it is unfinished"""
 
     @property
     def key(self) -> Key:
@@ -87,17 +105,26 @@ class Entry:
         """The method without the variant, and without the hash of its rules: all policies are one kind."""
         return self._kind(policy_label(self.config, hashed=False))
 
+    @property
+    def clipping(self) -> str:
+        """The clipping method without its options."""
+        return clipping_label(self.config)
+
     def _kind(self, policy: str) -> str:
         if self.full_precision:
             return FULL_PRECISION
         config = self.config
-        gradient = "" if config.clipping.learned or config.gradient.name == "mph" else gradient_label(config)
+        gradient = "" if config.clipping.learned or gradient_label(config) == "mph" else gradient_label(config)
         distilled = "distilled" if config.distilling else ""
-        return ", ".join(filter(None, [clipping_label(config), gradient, policy, *config.remedies, distilled]))
+        method = config.clipping_in_mode.method
+        known = {name: value for name, value in method.options.items() if name in OPTIONS_OF_LABEL}
+        clipping = with_options(self.clipping, method, known | config.clipping_of_mode)
+        return ", ".join(filter(None, [clipping, gradient, policy, *config.remedies, distilled]))
 
     @property
     def result(self) -> Result:
-        return Result(self.config, self.summary or {}, place_of(self.key))
+        folder = self.folder if self.line is None else None
+        return Result(self.config, self.summary or {}, place_of(self.key), folder)
 
     @property
     def network(self) -> tuple[str, str]:
@@ -148,14 +175,18 @@ def entries(
     left_out: list[str] = []
     for place in {place.resolve(): place for place in places}.values():
         if tables and place.suffix == ".csv" and place.is_file():
-            lines = [Entry(run.folder, run.config, run.summary, [], line=run.line) for run in read_results(place)]
+            runs, errors = results_and_errors(place)
+            lines = [
+                Entry(run.folder, run.config, run.summary, [], line=run.line, processes=run.processes) for run in runs
+            ]
+            left_out += errors
             found |= {entry.key: entry for entry in lines}
             continue
         configs, unreadable = _configs_at(place, alone=len(places) == 1)
         left_out += unreadable
         for folder, config in configs.items():
             try:
-                entry = Entry(folder, config, SUMMARY.read(folder), METRICS.read(folder))
+                entry = _entry(folder, config)
             except UnreadableError as error:
                 left_out.append(str(error))
             else:
@@ -163,6 +194,21 @@ def entries(
     if len(found) < 2:
         raise ConfigError("; ".join([f"needs at least two runs, found {len(found)}", *left_out]))
     return _labelled_apart(selected(list(found.values()), dataset, model)), left_out
+
+
+def _entry(folder: Path, config: Config) -> Entry:
+    """Return the run in a folder.
+
+    Raises:
+        UnreadableError: its records cannot be read.
+    """
+    summary = SUMMARY.read(folder)
+    record: Mapping[str, Any] = summary or {}
+    if summary is None:
+        with suppress(UnreadableError):
+            begun = ENVIRONMENT.read(folder)
+            record = {} if begun is None else [begun, *begun.get("resumed", [])][-1]
+    return Entry(folder, config, summary, METRICS.read(folder), processes=processes_of(config, record))
 
 
 def _configs_at(place: Path, alone: bool) -> tuple[dict[Path, Config], list[str]]:
@@ -208,7 +254,7 @@ def _labelled_apart(runs: Sequence[Entry]) -> list[Entry]:
             theirs = _with_starts(some, shared.get(method))
             own = [key for key in keys_that_differ(theirs) if key not in _of_seeds(some)]
             keys = dict.fromkeys([*own, *unlike])
-            described = [{key: _describe(key, s[key]) for key in keys if s.get(key, []) != []} for s in theirs]
+            described = [{key: in_words(key, s[key]) for key in keys if s.get(key, []) != []} for s in theirs]
             places = _places(some, [(str(words), *_cell(run)) for run, words in zip(some, described, strict=True)])
             for run, words, (place, name) in zip(some, described, places, strict=True):
                 words |= {PLACE: place} if place else {}
@@ -217,11 +263,6 @@ def _labelled_apart(runs: Sequence[Entry]) -> list[Entry]:
                 variant = ", ".join(filter(None, [*dict.fromkeys(beside.values()), name]))
                 labelled[run.key] = replace(run, variant=variant, setting=setting)
     return [labelled[run.key] for run in runs]
-
-
-def _describe(key: str, value: Any) -> str:
-    """Return the text of a setting, to follow the name of a method."""
-    return f"{key.rpartition('.')[2]}={value_in_words(value)}"
 
 
 def _with_chosen_bits(runs: Sequence[Entry]) -> list[Entry]:
@@ -240,7 +281,7 @@ def _with_chosen_bits(runs: Sequence[Entry]) -> list[Entry]:
 
 def _between_methods(runs: Sequence[Entry]) -> list[str]:
     """Return the keys in which runs of one network, data set and mode differ, but compared methods should not."""
-    keys = differing_keys([recipe_of(run.config) for run in runs])
+    keys = differing_keys([recipe_of(run) for run in runs])
     started = {(run.config.seed, start_of(run.config)) for run in runs}
     own = len(started) > len({seed for seed, _ in started}) and runs[0].config.mode != Mode.evaluate
     return [*keys, *(["weights"] if own else [])]
@@ -276,7 +317,7 @@ def _with_starts(some: Sequence[Entry], shared: str | None) -> list[dict[str, An
     """Return the settings of a method's runs; if each seed has its own weights, all get the name of their set."""
     starts = [start_of(run.config) for run in some] if shared is None else [shared] * len(some)
     return [
-        settings(run.config) | ({} if start is None else {"weights": start})
+        settings_of(run) | ({} if start is None else {"weights": start})
         for run, start in zip(some, starts, strict=True)
     ]
 
@@ -349,6 +390,16 @@ def by_network(runs: Sequence[Entry]) -> dict[str, list[Entry]]:
     return dict(sorted(own.items(), key=lambda item: -len(item[1])))
 
 
+def gaps_of(runs: Iterable[Entry]) -> dict[Key, float]:
+    """Return the differences of finished runs from full precision, for those that have it: from one of the runs, or
+    from the network that a search for bit-widths in the same folder of runs measured."""
+    done = [run for run in runs if run.summary is not None]
+    places = dict.fromkeys(place_of(run.key) for run in done)
+    searches = [result for place in places for result in full_precision_of_searches(place)]
+    found = against_full_precision([*(run.result for run in done), *searches])
+    return {run.key: gap for run, gap in zip(done, found, strict=False) if gap is not None}
+
+
 def _with_mode(run: Entry) -> Entry:
     """Return a run whose method names its mode, so that it is not averaged with runs of another mode."""
     return replace(run, variant=", ".join(filter(None, (str(run.config.mode), run.variant))))
@@ -366,6 +417,12 @@ def by_method(runs: Iterable[Entry]) -> list[tuple[str, list[Entry]]]:
 def measure_of(runs: Sequence[Entry]) -> Measure:
     """Return the metric of runs on one data set."""
     return runs[0].config.task.measure
+
+
+def unplaced(runs: Iterable[Entry]) -> list[str]:
+    """Return a sentence for each finished run that has no place in a comparison, with the reason."""
+    why = "does not record the average bit-width that was chosen"
+    return [f"{run.folder}: {why}" for run in runs if run.summary is not None and run.bits is None]
 
 
 def rules_in_words(runs: Iterable[Entry]) -> list[str]:
@@ -390,16 +447,3 @@ def _mean_bits(runs: Sequence[Entry]) -> str:
     if len({*found.values()}) > 1:
         return f" ({'; '.join(f'{where}: {means}' for where, means in found.items())})"
     return "".join(f" ({means})" for means in dict.fromkeys(found.values()))
-
-
-def keys_that_differ(some: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the keys whose values are not the same in all settings."""
-    keys = dict.fromkeys(key for setting in some for key in setting)
-    return [key for key in keys if any(setting.get(key) != some[0].get(key) for setting in some)]
-
-
-def value_in_words(value: Any) -> str:
-    """Return the text of a value; of a fingerprint, only the first digits."""
-    text = shown(value)
-    hashed = len(text) == 64 and set(text) <= set("0123456789abcdef")
-    return f"{text[:DIGITS_OF_HASH]}…" if hashed else text

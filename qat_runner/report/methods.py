@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from qat_runner.config.tasks import Measure
 from qat_runner.errors import ConfigError
 from qat_runner.report.differences import CONFIDENCE, Differences
-from qat_runner.report.entries import Entry, Setting, Width, by_method, by_network, measure_of
+from qat_runner.report.entries import Entry, Setting, Width, by_method, by_network, gaps_of, measure_of
 from qat_runner.report.runs import Key
-from qat_runner.report.tables import Table, against_full_precision, head, mean_and_deviation, of_some
+from qat_runner.report.tables import Table, head, mean_and_deviation, of_some
 from qat_runner.runs.records import score
 
 USUAL = "octav"
@@ -71,8 +71,7 @@ def standings(runs: Sequence[Entry], against: str | None = None) -> list[Standin
     done = [run for run in runs if run.summary is not None and run.bits is not None]
     quantized = [run for run in done if not run.full_precision]
     named = None if against is None else _going_by(against, quantized)
-    gaps = against_full_precision([run.result for run in done])
-    gap = {run.key: gap for run, gap in zip(done, gaps, strict=True) if gap is not None}
+    gap = gaps_of(done)
     return [each for name, some in by_network(done).items() for each in _of_network(name, some, gap, named)]
 
 
@@ -84,7 +83,7 @@ def _going_by(word: str, runs: Sequence[Entry]) -> Set[str]:
         ConfigError: no kind matches, or several do.
     """
     methods, kinds = {run.method for run in runs}, {run.kind for run in runs}
-    begun = [kind for kind in kinds if kind.partition(", ")[0] == word]
+    begun = sorted({run.kind for run in runs if run.clipping == word or run.kind.startswith(f"{word}, ")})
     if word not in kinds and word in methods:
         return {word}
     if word not in kinds and len(begun) != 1:
@@ -94,8 +93,8 @@ def _going_by(word: str, runs: Sequence[Entry]) -> Set[str]:
 
 def _usual(runs: Sequence[Entry]) -> Set[str]:
     """Return the methods of the kind that serves as reference by default."""
-    kinds = sorted({run.kind for run in runs}, key=lambda kind: (kind.partition(", ")[0] != USUAL, kind))
-    return {run.method for run in runs if run.kind in kinds[:1]}
+    first = min(((run.clipping != USUAL, run.kind) for run in runs), default=None)
+    return {run.method for run in runs if (run.clipping != USUAL, run.kind) == first}
 
 
 def _references(runs: Sequence[Entry], named: Set[str]) -> dict[str, str]:
@@ -165,7 +164,20 @@ def table(found: Sequence[Standing], notes: Sequence[str] = ()) -> Table:
         ]
         for each in found
     ]
-    return Table("Methods over seeds", [*heads, *bases, "verdict"], cells, [*NOTES, *_other_settings(found), *notes])
+    lines = [*_notes(found), *_other_settings(found), *notes]
+    return Table("Methods over seeds", [*heads, *bases, "verdict"], cells, lines)
+
+
+def _notes(found: Sequence[Standing]) -> list[str]:
+    """Return the sentences that explain the columns."""
+    units = " or ".join(dict.fromkeys(each.measure.points for each in found))
+    return [
+        "Means and standard deviations over seeds. Differences are taken between runs with the same seed, in "
+        f"{units}; brackets hold the {100 * CONFIDENCE:g} % confidence interval of their mean, by a paired t-test. (n) "
+        "means that only n of the seeds could be paired.",
+        "There is no correction for multiple comparisons: of twenty rows without a true difference, about one will "
+        "look different.",
+    ]
 
 
 def _other_settings(found: Sequence[Standing]) -> list[str]:
@@ -210,13 +222,3 @@ def _numbers(values: Sequence[float]) -> tuple[str, str]:
     """Return mean and standard deviation as text; empty if there are too few values."""
     mean = str(statistics.fmean(values)) if values else ""
     return mean, str(statistics.stdev(values)) if len(values) > 1 else ""
-
-
-NOTES = (
-    "Means and standard deviations over seeds. Differences are taken between runs with the same seed, in points; "
-    f"brackets hold the {100 * CONFIDENCE:g} % confidence interval of their mean, by a paired t-test. (n) means that "
-    "only n of the seeds could be paired.",
-    "There is no correction for multiple comparisons: of twenty rows without a true difference, about one will look "
-    "different.",
-)
-"""Sentences under the table."""

@@ -98,15 +98,6 @@ def number(cell: float | None) -> float:
     return math.nan if cell is None else cell
 
 
-def shown(value: Any) -> str:
-    """Return a config value as a user would write it."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def write(path: Path, template: str, charts: Sequence[Chart], content: Mapping[str, Any]) -> Path:
     """Render a template to a file; return its path.
 

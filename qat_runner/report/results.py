@@ -87,7 +87,15 @@ def read_results(file: Path) -> list[Run]:
 
 
 def _lines_and_errors(file: Path) -> tuple[list[Run], list[str]]:
-    """Return the same as `read_results`, and the errors of the lines without a config; warn of these."""
+    """Return the same as `results_and_errors`, and warn of the lines without a config."""
+    found, errors = results_and_errors(file)
+    for error in errors:
+        log.warning(f"{error}: left out")
+    return found, errors
+
+
+def results_and_errors(file: Path) -> tuple[list[Run], list[str]]:
+    """Return the same as `read_results`, and the errors of the lines without a config."""
     configs = {path.stem: read_config(path) for path in sorted((file.parent / CONFIGS).glob("*.yaml"))}
     rows: list[Summary] = CsvFile[Summary](file.name, ResultRow).read(file.parent)
     found, errors = [], []
@@ -97,7 +105,6 @@ def _lines_and_errors(file: Path) -> tuple[list[Run], list[str]]:
             found.append(run_of(file, replace(some[0], seed=row["seed"]), row, number))
         else:
             errors.append(f"{file}: line {number}: {len(some)} configs of {file.parent / CONFIGS} match")
-            log.warning(f"{errors[-1]}: left out")
     return found, errors
 
 

@@ -16,9 +16,10 @@ from qat_runner.report import page
 from qat_runner.report.allocation_charts import allocation_charts
 from qat_runner.report.oscillation_charts import oscillation_charts
 from qat_runner.report.page import Chart, axes, line, number
-from qat_runner.report.runs import full_precision_in
+from qat_runner.report.runs import full_precision_in, full_precision_of_searches
 from qat_runner.report.settings import sections
-from qat_runner.report.tables import Result, full_precision_of
+from qat_runner.report.starts import start_of
+from qat_runner.report.tables import Result, against_full_precision, full_precision_of
 from qat_runner.report.tensor_charts import noise_charts, noisiest, tensor_charts
 from qat_runner.runs.files import CsvFile, JsonFile, TextFile
 from qat_runner.runs.folder import RunFolder
@@ -250,13 +251,14 @@ def _against_full_precision(folder: Path, config: Config, summary: Summary) -> l
     if config.quantization.full_precision:
         return []
     place = folder.resolve().parent
-    results = [*full_precision_in(place), Result(config, summary, place)]
-    baseline = full_precision_of(results)[-1]
-    if baseline is None:
+    results = [*full_precision_in(place), *full_precision_of_searches(place), Result(config, summary, place, folder)]
+    baselines = full_precision_of(results)
+    baseline, difference = baselines[-1], against_full_precision(results, baselines)[-1]
+    if baseline is None or difference is None:
         return []
-    alike = results[baseline].config.mode == config.mode
+    full = results[baseline].config
+    alike = full.mode == config.mode and start_of(full) == start_of(config)
     what = "the same run without quantization" if alike else "the network that it starts from"
-    difference = score(summary) - score(results[baseline].summary)
     return [Card("against fp32", f"{difference:+.2f}", f"{measured(summary).points}; fp32 is {what}")]
 
 

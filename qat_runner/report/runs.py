@@ -17,12 +17,14 @@ from qat_runner.config import (
     identity,
     read_config,
     run_name,
-    settings,
 )
+from qat_runner.config.identities import OPTIONS_OF_LABEL
 from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.policy import FULL_PRECISION
+from qat_runner.report.differing import Configured, processes_of, settings_of
 from qat_runner.report.starts import each_seed_has_its_own, start_apart
 from qat_runner.report.tables import Result
+from qat_runner.runs.folder import RunFolder
 from qat_runner.runs.records import SUMMARY, Summary
 from qat_runner.runs.status import status
 
@@ -59,7 +61,8 @@ class Run:
     """name of the run's row (configs/row), e.g. "octav_ste"; None if it is no row of a table"""
     seed: int
     setting: dict[str, Any]
-    """all settings that decide the result, except the seed, and the weights, which may depend on the seed"""
+    """all settings that decide the result, with `processes`, except the seed, and the weights, which may depend on the
+    seed"""
     summary: Summary | None
     """the content of summary.json; None while the run is unfinished"""
     line: int | None = None
@@ -71,9 +74,18 @@ class Run:
         return key_of(self.folder, self.line)
 
     @property
+    def processes(self) -> int:
+        """The number of processes that trained the run; 1 while it is unfinished."""
+        return processes_of(self.config, self.summary or {})
+
+    @property
     def place(self) -> Path:
         """The folder of runs, or the table of results, that contains the run."""
         return place_of(self.key)
+
+    @property
+    def result(self) -> Result:
+        return Result(self.config, self.summary or {}, self.place, self.folder if self.line is None else None)
 
     @property
     def text(self) -> str:
@@ -127,12 +139,22 @@ def runs_and_errors(
 def full_precision_in(folder: Path) -> list[Result]:
     """Return the finished full-precision runs in a folder of run folders."""
 
-    def may_be(summary: Summary | None) -> bool:
-        """Decide by the summary alone, which is read much faster than the config."""
-        return summary is not None and summary.get("weight_bits", FULL_PRECISION) == FULL_PRECISION
+    return [run.result for run in find_runs(folder, _may_be_full_precision)]
 
-    runs = find_runs(folder, may_be)
-    return [Result(run.config, run.summary, run.place) for run in runs if run.summary is not None]
+
+def full_precision_of_searches(folder: Path) -> list[Result]:
+    """Return the full-precision networks that the searches for bit-widths in a folder of run folders measured."""
+    found = []
+    for probes in sorted(RunFolder(path).probes for path in folder.glob("*/")):
+        results = [run.result for run in find_runs(probes, _may_be_full_precision)]
+        found += [result._replace(place=folder.resolve(), of_search=True) for result in results]
+    return found
+
+
+def _may_be_full_precision(summary: Summary | None) -> bool:
+    """Return whether a run is finished and may have no quantization, by its summary alone, which is read much faster
+    than the config."""
+    return summary is not None and summary.get("weight_bits", FULL_PRECISION) == FULL_PRECISION
 
 
 def not_finished(folders: Iterable[Path]) -> list[str]:
@@ -209,24 +231,18 @@ BESIDE_A_METHOD = (
 """Keys that may differ between compared methods: shown beside the name, part of it, or without influence on results."""
 
 
-def recipe_of(config: Config) -> dict[str, Any]:
+def recipe_of(run: Configured) -> dict[str, Any]:
     """Return the settings that runs of compared methods should share: network, data, training, and what is quantized.
 
     Settings that only some methods have, such as a teacher, are included if the run uses them.
     """
     return {
         key: value
-        for key, value in settings(config).items()
+        for key, value in settings_of(run).items()
         if value != []
         and key not in BESIDE_A_METHOD
         and (not key.startswith(OF_A_METHOD) or key in ("clipping.eval_mode", "clipping.sync"))
     }
-
-
-def differing_keys(some: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the keys for which two of the settings that have them differ in value."""
-    keys = dict.fromkeys(key for setting in some for key in setting)
-    return [key for key in keys if len({str(setting[key]) for setting in some if key in setting}) > 1]
 
 
 def run_of(folder: Path, config: Config, summary: Summary | None, line: int | None = None) -> Run:
@@ -240,7 +256,8 @@ def run_of(folder: Path, config: Config, summary: Summary | None, line: int | No
         config.weight_bits,
         row_of(config),
         config.seed,
-        {key: value for key, value in identity(config).items() if key not in ("seed", "weights")},
+        {key: value for key, value in identity(config).items() if key not in ("seed", "weights")}
+        | {"processes": processes_of(config, summary or {})},
         summary,
         line,
     )
@@ -266,5 +283,5 @@ def _usual(config: Config) -> bool:
     if config.quantization.full_precision:
         return True
     method = config.clipping_in_mode.method
-    named = {name: value for name, value in method.options.items() if name in ("q", "start")}
+    named = {name: value for name, value in method.options.items() if name in OPTIONS_OF_LABEL}
     return method == type(method)(**named) and gradient_label(config) in ("own", config.gradient.name)

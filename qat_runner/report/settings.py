@@ -7,7 +7,7 @@ from typing import Any
 from qat_runner.config import Config, flat, from_hydra, plain
 from qat_runner.config.composing import compose_config, defaults_for
 from qat_runner.config.identities import NOT_IN_IDENTITY
-from qat_runner.report.page import shown
+from qat_runner.report.differing import shown
 
 _CHOICES = {"model.name", "dataset.name", "clipping.name", "clipping.dynamic", "gradient.name", "bits", "mode"}
 """Keys whose default is that of plain `qat-run`; the defaults of all other keys follow from these."""

@@ -24,8 +24,11 @@ from qat_runner.config import (
     run_name,
     without_choice,
 )
+from qat_runner.config.fingerprints import fingerprint
 from qat_runner.config.schema import MIXED
 from qat_runner.config.tasks import Measure
+from qat_runner.report.differing import in_words, keys_that_differ, processes_of, settings_of
+from qat_runner.runs.folder import BEST_CHECKPOINT, CHECKPOINTS, LAST_CHECKPOINT, RunFolder
 from qat_runner.runs.records import measured, metric, score
 
 
@@ -37,6 +40,15 @@ class Result(NamedTuple):
     """the content of summary.json; empty while the run is unfinished"""
     place: Path | None = None
     """the folder of runs, or the table of results, that contains the run"""
+    folder: Path | None = None
+    """the run folder; None for a line of a table of results"""
+    of_search: bool = False
+    """whether it is the full-precision network that a search for bit-widths measured"""
+
+    @property
+    def processes(self) -> int:
+        """The number of processes that trained the run; 1 while it is unfinished."""
+        return processes_of(self.config, self.summary)
 
 
 def results_table(results: Sequence[Result], beside: Sequence[Result] = ()) -> str:
@@ -47,11 +59,12 @@ def results_table(results: Sequence[Result], beside: Sequence[Result] = ()) -> s
         beside: further full-precision runs that they may be compared with.
     """
     rows = []
-    for result, difference in _with_differences(results, beside):
+    pairs = zip(_told_apart(results), _with_differences(results, beside), strict=True)
+    for words, (result, difference) in pairs:
         s = result.summary
         rows.append(
             (
-                *_words(result),
+                *words,
                 s["seed"],
                 _number(score(s), 2),
                 "" if difference is None else f"{difference:+.2f}",
@@ -75,9 +88,10 @@ def seeds_table(results: Sequence[Result], beside: Sequence[Result] = ()) -> str
         results, beside: as for `results_table`.
     """
     rows = []
-    for runs, found in _over_seeds(results, beside):
+    groups = _over_seeds(results, beside)
+    for words, (runs, found) in zip(_told_apart([runs[0] for runs, _ in groups]), groups, strict=True):
         gap = of_some(mean_and_deviation(found, "+"), len(found), len(runs))
-        rows.append((*_words(runs[0]), len(runs), mean_and_deviation([score(run.summary) for run in runs]), gap))
+        rows.append((*words, len(runs), mean_and_deviation([score(run.summary) for run in runs]), gap))
     return _table(rows, ["seeds", head(measures(result.summary for result in results)), "vs fp32"])
 
 
@@ -137,7 +151,8 @@ def against_full_precision(
     Points are percentage points, or the unit of a metric that is a plain number.
 
     A run is compared with the full-precision run that differs only in quantization, or else with the full-precision
-    network that it starts from. Runs that share everything but method, bits, seed and weights all use the same one of
+    network that it starts from: as evaluated by a run, as validated by the run whose checkpoint it is, or as measured
+    by a search for bit-widths. Runs that share everything but method, bits, seed and weights all use the same one of
     these two kinds: the closest kind that all of them have, or else the kind that most have; runs without it get None.
 
     If several full-precision runs compute the same, the one in the run's own folder or table counts. If none is
@@ -148,22 +163,33 @@ def against_full_precision(
         baselines: `full_precision_of(results)`, if it is known already.
     """
     return [
-        None if baseline is None else score(result.summary) - score(results[baseline].summary)
+        None if baseline is None else _difference(result, results[baseline])
         for result, baseline in zip(results, baselines or full_precision_of(results), strict=True)
     ]
+
+
+def _difference(result: Result, baseline: Result) -> float | None:
+    """Return a result minus that of its baseline, which is the best one of training if the run starts from best.pt."""
+    own = score(result.summary)
+    if _start_in_words(result.config) != (_name(baseline), BEST_CHECKPOINT):
+        return own - score(baseline.summary)
+    best = baseline.summary.get(f"best_{metric(baseline.summary)}")
+    return None if best is None else own - best
 
 
 def full_precision_of(results: Sequence[Result]) -> list[int | None]:
     """Return the index of the full-precision run that each run is compared with, see `against_full_precision`."""
     found: dict[str, list[int]] = {}
     compared: dict[str, list[int]] = {}
-    for index, (config, *_) in enumerate(results):
-        full_precision = config.quantization.full_precision
-        group, key = (found, _key(config)) if full_precision else (compared, _comparison(config))
-        group.setdefault(key, []).append(index)
+    for index, result in enumerate(results):
+        if not result.config.quantization.full_precision:
+            compared.setdefault(_comparison(result), []).append(index)
+            continue
+        for key in _keys(result):
+            found.setdefault(key, []).append(index)
     chosen: list[int | None] = [None] * len(results)
     for some in compared.values():
-        kinds = zip_longest(*(_baselines(results[index].config) for index in some), fillvalue=())
+        kinds = zip_longest(*(_baselines(results[index]) for index in some), fillvalue=())
         theirs = [[_first(results, found, *pair) for pair in zip(some, kind, strict=True)] for kind in kinds]
         best = max(theirs, key=lambda kind: len(kind) - kind.count(None))  # the first of equally good kinds
         for index, baseline in zip(some, best, strict=True):
@@ -189,11 +215,11 @@ def _one_of(results: Sequence[Result], index: int, some: Sequence[int]) -> int |
     return some[-1] if some and len(scores) <= 1 else None
 
 
-def _comparison(config: Config) -> str:
+def _comparison(result: Result) -> str:
     """Return a key that quantized runs share if they differ only in method, bits, seed and weights."""
-    same = _in_full_precision(config)
+    same = _in_full_precision(result.config)
     recipe = replace(same.recipe, batchnorm_batches=0)
-    return run_name(replace(same, recipe=recipe, seed=0, weights=None))
+    return f"{run_name(replace(same, recipe=recipe, seed=0, weights=None))}, {result.processes} processes"
 
 
 def _in_full_precision(config: Config) -> Config:
@@ -202,22 +228,87 @@ def _in_full_precision(config: Config) -> Config:
     return replace(config, **in_full_precision() | without_choice() | {"policy": None}, recipe=recipe)
 
 
-def _baselines(config: Config) -> list[tuple[str, ...]]:
+def _baselines(result: Result) -> list[tuple[str, ...]]:
     """Return keys of the full-precision runs that a quantized run may be compared with, by kind, the closest first."""
-    same = _in_full_precision(config)
+    config, same = result.config, _in_full_precision(result.config)
     trained: list[tuple[str, ...]] = [
-        (_key(same),),
-        (_key(replace(same, recipe=replace(same.recipe, batchnorm_batches=0))),),
+        (_trained(same, result.processes),),
+        (_trained(replace(same, recipe=replace(same.recipe, batchnorm_batches=0)), result.processes),),
     ]
     if config.weights is None:
         return trained
     start = _key(replace(same, mode=Mode.evaluate))
-    return [*trained, (start, _key(baseline_of(config))) if config.weights == BASELINE else (start,)]
+    beside = [_key(baseline_of(config))] if config.weights == BASELINE else _checkpoint_of_run(result)
+    return [*trained, (start, *beside, _searched(start))]
+
+
+def _checkpoint_of_run(result: Result) -> list[str]:
+    """Return the keys of the full-precision run whose last or best checkpoint a run starts from.
+
+    The run lies in the same folder of runs. If its folder does not have the name that `qat-run` gives, which is unique
+    to its config, the checkpoint in it has to have the content that the run started from.
+    """
+    config, (name, file) = result.config, _start_in_words(result.config)
+    if config.weights is None or file not in (LAST_CHECKPOINT, BEST_CHECKPOINT) or result.place is None:
+        return []
+    keys = [_with_checkpoint(result, name, named=True)]
+    path = RunFolder(result.place / name).checkpoints / file
+    if path.is_file() and fingerprint(str(path)) == config.content(config.weights):
+        keys.append(_with_checkpoint(result, name, named=False))
+    return keys
+
+
+def _start_in_words(config: Config) -> tuple[str, str]:
+    """Return the name of the run folder and the name of the checkpoint in it that a run starts from; empty if it starts
+    from anything else."""
+    path = Path(config.weights or "")
+    return (path.parts[-3], path.name) if path.parts[-2:-1] == (CHECKPOINTS,) and len(path.parts) > 2 else ("", "")
+
+
+def _name(result: Result) -> str:
+    """Return the name of the run folder; of a line of a table of results, the name that `qat-run` gives."""
+    return run_name(result.config) if result.folder is None else result.folder.resolve().name
+
+
+def _with_checkpoint(result: Result, name: str, named: bool) -> str:
+    """Return a key of the full-precision run with a name in a folder of runs that validates as a run does.
+
+    Args:
+        result: a run in this folder.
+        name: the name of the full-precision run.
+        named: whether this is the name that `qat-run` gives it.
+    """
+    same = _in_full_precision(result.config)
+    validated = _key(replace(same, mode=Mode.evaluate, weights=None, weights_part=None))
+    return f"{validated} of {result.place}/{name}{'' if named else ', by content'}"
+
+
+def _keys(result: Result) -> list[str]:
+    """Return the keys that a full-precision run is found by."""
+    key = _key(result.config)
+    if result.of_search:
+        return [_searched(key)]
+    if not result.config.training:
+        return [key, _trained(result.config, result.processes)]
+    name = _name(result)
+    checkpoint = _with_checkpoint(result, name, named=name == run_name(result.config))
+    return [key, _trained(result.config, result.processes), checkpoint]
+
+
+def _searched(key: str) -> str:
+    return f"{key}, in a search"
+
+
+def _trained(config: Config, processes: int) -> str:
+    """Return the key of a full-precision run that was trained by a number of processes."""
+    return f"{_key(config)}, {processes} processes"
 
 
 def _key(config: Config) -> str:
     """Return a key that full-precision runs share if they compute the same, whatever their quantization keys."""
     config = replace(config, backend="auto", log_excess_mse=False)
+    if config.mode == Mode.evaluate:
+        config = replace(config, limit_train_batches=None, sync_batchnorm=False, compile=False)  # keys of training
     by_seed = config.mode != Mode.evaluate or config.weights == BASELINE
     return run_name(config if by_seed else replace(config, seed=0))
 
@@ -234,9 +325,9 @@ def _over_seeds(results: Sequence[Result], beside: Sequence[Result] = ()) -> lis
 
     A run that exists in two folders counts once.
     """
-    groups: dict[str, dict[int, tuple[Result, float | None]]] = {}
+    groups: dict[tuple[str, int], dict[int, tuple[Result, float | None]]] = {}
     for result, difference in _with_differences(results, beside):
-        seeds = groups.setdefault(run_name(replace(result.config, seed=0)), {})
+        seeds = groups.setdefault((run_name(replace(result.config, seed=0)), result.processes), {})
         seeds[result.config.seed] = result, difference
     return [
         ([result for result, _ in seeds.values()], [gap for _, gap in seeds.values() if gap is not None])
@@ -251,6 +342,22 @@ def _words(result: Result) -> tuple[str, ...]:
     clipping = "+".join([summary["clipping"], *remedies])
     clipping = ", ".join(filter(None, [clipping, policy, "distilled" if summary.get("distilled") else ""]))
     return (*(str(summary.get(key, "")) for key in ("model", "dataset", "mode", "bits")), clipping, summary["gradient"])
+
+
+def _told_apart(results: Sequence[Result]) -> list[tuple[str, ...]]:
+    """Return the cells of `_words` of each run. Where they are the same for runs that differ in more than their seed,
+    the cell of the clipping method has the keys in which these differ."""
+    theirs = [settings_of(result._replace(config=replace(result.config, seed=0))) for result in results]
+    alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for result, setting in zip(results, theirs, strict=True):
+        alike.setdefault(_words(result), []).append(setting)
+    keys = {words: keys_that_differ(some) for words, some in alike.items()}
+    rows = []
+    for result, setting in zip(results, theirs, strict=True):
+        *where, clipping, gradient = words = _words(result)
+        said = [in_words(key, setting[key]) for key in keys[words] if setting.get(key, []) != []]
+        rows.append((*where, ", ".join(dict.fromkeys([clipping, *said])), gradient))
+    return rows
 
 
 def measures(summaries: Iterable[Mapping[str, Any]]) -> list[Measure]:

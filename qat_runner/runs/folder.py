@@ -44,6 +44,12 @@ from qat_runner.runs.records import (
     SUMMARY,
 )
 
+CHECKPOINTS = "checkpoints"
+"""Name of the folder of checkpoints."""
+
+LAST_CHECKPOINT, BEST_CHECKPOINT = "last.pt", "best.pt"
+"""Names of the checkpoints of the end of training and of its best epoch."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -86,7 +92,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     @property
     def curves(self) -> Path:

@@ -4,7 +4,9 @@ A key that was added to a file later is NotRequired, so that older records still
 schema (`qat_runner.config`). Images, logs and tables that are never read back are not described here.
 """
 
+import math
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Annotated, Any, NotRequired
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, with_config
@@ -52,7 +54,7 @@ class Summary(TypedDict):
     """completed epochs"""
     seconds: Real
     sqnr_db: Real | None
-    bits: NotRequired[int | str]
+    bits: NotRequired[Annotated[int | str, Field(union_mode="left_to_right")]]
     """bit-width of weights and activations, as "4/8" if they differ"""
     weight_bits: NotRequired[Bits]
     activation_bits: NotRequired[Bits]
@@ -92,6 +94,8 @@ class Summary(TypedDict):
     run_dir: NotRequired[str]
     answer: NotRequired[str]
     """for mode allocate: the result in one sentence"""
+    config: NotRequired[str]
+    """in a table of results: the name of the config"""
 
 
 def metric(summary: Mapping[str, Any]) -> str:
@@ -115,7 +119,7 @@ def _with_its_figure(summary: Summary) -> Summary:
         raise ValueError(f"metric: must be {' or '.join(metrics())}, not {name}")
     if name not in summary:
         raise ValueError(f"{name}: field required")
-    values: Any = Percent if measure(name).unit else Real
+    values: Any = Percent if measure(name).unit == "%" else Real
     for key, kind in ((name, values), (f"best_{name}", values | None)):
         try:
             fit(kind, summary.get(key))
@@ -126,11 +130,21 @@ def _with_its_figure(summary: Summary) -> Summary:
     return summary
 
 
+def _as_number(cell: str) -> float | str:
+    """Return the number in a cell; the cell itself if it holds no finite number."""
+    with suppress(ValueError):
+        if math.isfinite(number := float(cell)):
+            return int(cell) if cell.strip("+-").isdecimal() else number
+    return cell
+
+
 def _filled(row: object) -> object:
-    """Return a row of a results table without its empty cells, and with `remedies` split at "+" into a list."""
+    """Return a row of a results table as the content of a summary: without its empty cells, with `remedies` split at
+    "+" into a list, and with numbers for the figures that `Summary` does not list."""
     if not isinstance(row, dict):
         return row
-    cells = {key: cell for key, cell in row.items() if cell}
+    listed = Summary.__annotations__
+    cells: dict[str, Any] = {key: cell if key in listed else _as_number(cell) for key, cell in row.items() if cell}
     return {"sqnr_db": None, **cells} | ({"remedies": cells["remedies"].split("+")} if "remedies" in cells else {})
 
 

@@ -23,10 +23,11 @@ from qat_runner.errors import RunError, one_line
 from qat_runner.insertion.state import upgrade
 from qat_runner.runs.checkpoints import RandomState
 from qat_runner.runs.files import explaining_full_disk
+from qat_runner.runs.folder import LAST_CHECKPOINT
 
 log = logging.getLogger("qat_runner")
 
-LAST, PREVIOUS = "last.pt", "previous.pt"
+LAST, PREVIOUS = LAST_CHECKPOINT, "previous.pt"
 _MARK = b"qat_runner sha256="
 _COMMENT = len(_MARK) + 64  # bytes
 _WORDS = 624  # of a Mersenne Twister

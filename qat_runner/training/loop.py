@@ -21,7 +21,7 @@ from qat_runner.errors import RunError, StoppedError, one_line
 from qat_runner.insertion import LayerNoise, noise_report, quantized_tensors
 from qat_runner.insertion.insert import scalars, weights_together
 from qat_runner.runs.checkpoints import Checkpoint, ProcessState
-from qat_runner.runs.folder import RunFolder
+from qat_runner.runs.folder import BEST_CHECKPOINT, RunFolder
 from qat_runner.runs.record import Record
 from qat_runner.runs.records import PREDICTIONS
 from qat_runner.tasks import Totals, task_of
@@ -585,7 +585,7 @@ class Trainer:
         # best.pt first: otherwise, after a kill in between, last.pt would know of a best epoch that was never saved.
         if best:
             best_one = {"model": content["model"], "state": content["state"], "config": content["config"]}
-            checkpoint.save(folder / "best.pt", best_one)
+            checkpoint.save(folder / BEST_CHECKPOINT, best_one)
         checkpoint.save(folder / checkpoint.LAST, {**content}, keep=folder / checkpoint.PREVIOUS)
 
 

@@ -211,6 +211,16 @@ def test_what_no_row_says_makes_another_setup() -> None:
     assert sorted(len(setup.results) for setup in setups) == [6, 9]  # full precision belongs to both
 
 
+def test_other_numbers_of_processes_make_another_setup() -> None:
+    again = [replace(one, summary=(one.summary or {}) | {"processes": 4}) for one in runs()]  # type: ignore[arg-type]
+    setups = setups_of([*runs(), *again])
+    assert len(setups) == 2 and [len(setup.results) for setup in setups] == [len(runs())] * 2
+    for setup in setups:  # each is compared with its own full precision
+        assert setup.differences("octav", FULL_PRECISION, 4).values == pytest.approx((-0.6, -0.5, -0.4))
+    page = ledger([*runs(), *again])[0].text("markdown")
+    assert page.count(" on 4 processes |") == 1 and "Not counted, since the same run" not in page
+
+
 def test_setups_that_disagree_are_counted() -> None:
     worse = [
         run(*cell, seed, top1 + 0.1 * seed * (cell[1] or 0), lr=0.5)

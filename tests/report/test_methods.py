@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from statistics import stdev
 
@@ -11,9 +12,10 @@ import pytest
 from scipy.stats import ttest_rel
 
 from qat_runner.cli.report import main as report
+from qat_runner.config.tasks import Measure
 from qat_runner.errors import ConfigError
 from qat_runner.paper import figures
-from qat_runner.report import compare_page
+from qat_runner.report import compare_page, run_page
 from qat_runner.report.entries import entries, rules_in_words
 from qat_runner.report.methods import Standing, numbers, standings, table
 from tests.report.test_pages import make_run, text_of
@@ -112,15 +114,50 @@ def test_each_setting_has_a_reference_of_its_own(tmp_path: Path) -> None:
     assert {each.reference for each in named} == {"octav, limit_train_batches=1"}
 
 
-def test_what_a_method_has_itself_is_compared_whatever_else_it_has(tmp_path: Path) -> None:
-    for iterations in (3, 10):
-        make_run(tmp_path, f"clipping.iterations={iterations}", top1=50.0 + iterations)
+def test_options_of_a_method_are_part_of_its_name(tmp_path: Path) -> None:
+    for words, top1 in (
+        (("clipping.iterations=1", "gradient=ste"), 40.0),
+        (("gradient=ste",), 50.0),
+        (("clipping.iterations=3",), 53.0),
+        ((), 60.0),
+    ):
+        make_run(tmp_path, *words, top1=top1)
     found = standings(entries([tmp_path])[0])
     assert {each.method: (each.reference, each.differences, each.apart) for each in found} == {
-        "octav, iterations=10": ("octav, iterations=10", {}, False),
-        "octav, iterations=3": ("octav, iterations=10", {0: -7.0}, False),
+        "octav": ("octav", {}, False),
+        "octav(iterations=3)": ("octav", {0: -7.0}, False),
+        "octav, ste": ("octav", {0: -10.0}, False),
+        "octav(iterations=1), ste": ("octav", {0: -20.0}, False),
     }
     assert len(table(found).notes) == 2
+    named = standings(entries([tmp_path])[0], "octav(iterations=1)")
+    assert {each.reference for each in named} == {"octav(iterations=1), ste"}
+
+
+def test_runs_on_other_numbers_of_processes_are_told_apart(tmp_path: Path) -> None:
+    """Those that are not finished count as well; records without the number are of one process."""
+    for seed, processes in ((0, None), (1, 1), (2, 4), (3, 4)):
+        run = make_run(tmp_path, f"seed={seed}", top1=60.0 + seed)
+        more = {} if processes is None else {"processes": processes}
+        (run / "summary.json").write_text(json.dumps(json.loads((run / "summary.json").read_text()) | more))
+    run = make_run(tmp_path, "seed=4", top1=None)
+    begun = json.loads((run / "environment.json").read_text())
+    (run / "environment.json").write_text(json.dumps(begun | {"resumed": [begun | {"processes": 4}]}))
+    runs = entries([tmp_path])[0]
+    methods = {run.config.seed: run.method for run in runs}
+    one, four = "octav, processes=1", "octav, processes=4"
+    assert methods == {0: one, 1: one, 2: four, 3: four, 4: four}
+    assert {each.method: list(each.values) for each in standings(runs)} == {one: [0, 1], four: [2, 3]}
+    assert " run seed processes " in text_of(compare_page.write([tmp_path], tmp_path / "page.html"))
+
+
+def test_what_a_mode_sets_itself_is_no_option(tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_text("x")
+    words = "mode=ptq", f"weights={tmp_path / 'x.pt'}", "clipping=octav"
+    for more in ((), ("clipping.refine=0",), ("clipping=percentile", "clipping.q=99.9")):
+        make_run(tmp_path / "runs", *words, *more)
+    methods = {each.method for each in standings(entries([tmp_path / "runs"])[0])}
+    assert methods == {"octav", "octav(refine=0)", "percentile99.9"}
 
 
 def test_limits_of_chosen_bits_stand_for_bits(tmp_path: Path) -> None:
@@ -142,7 +179,15 @@ def test_scatter_is_called_so(tmp_path: Path) -> None:
         make_run(tmp_path, f"seed={seed}", "clipping=mse_sweep", top1=60.5)
     found = _by_method(standings(entries([tmp_path])[0]))
     assert found["max", "4"].text == "within the seeds' scatter"
-    assert found["mse_sweep", "4"].text == "the same for all seeds"
+    assert found["mse_sweep", "4"].text == "the same difference for all seeds"
+
+
+def test_equal_differences_of_seeds_that_differ_are_called_so(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        make_run(tmp_path, f"seed={seed}", top1=60.5 + seed)
+        make_run(tmp_path, f"seed={seed}", "clipping=max", top1=60.0 + seed)
+    found = _by_method(standings(entries([tmp_path])[0]))
+    assert found["max", "4"].text == "the same difference for all seeds" and found["max", "4"].difference.mean == -0.5
 
 
 def test_policies_are_named_by_a_hash_and_their_rules_listed_once(tmp_path: Path) -> None:
@@ -206,6 +251,24 @@ def test_the_command_and_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (
         "Over seeds bits method seeds" in text
     )  # one network, which the header names and "-2.03 [-3.15, -0.91] worse" in text
+
+
+def test_what_is_left_out_is_named_below_the_table(tmp_path: Path) -> None:
+    runs = _runs(tmp_path / "runs")
+    (make_run(runs, "seed=9", name="broken") / "summary.json").write_text("{")
+    unplaced = make_run(runs, "mode=allocate", "weights=baseline", "size_mb=0.5", name="old")
+    assert report(["methods", str(runs), "--out", str(tmp_path / "out")]) == 0
+    (line,) = (line for line in (tmp_path / "out/methods.md").read_text().splitlines() if line.startswith("Left out"))
+    assert f"{runs}/broken/summary.json: cannot be read (" in line
+    assert f"; {unplaced}: does not record the average bit-width" in line
+
+
+def test_the_unit_of_differences_is_that_of_the_metric(tmp_path: Path) -> None:
+    points, plain, other = Measure("top1"), Measure("perplexity", "", True), Measure("psnr", "dB")
+    assert [measure.points for measure in (points, plain, other)] == ["points", "perplexity", "dB"]
+    (one, *_) = standings(entries([_runs(tmp_path)])[0])
+    assert "the same seed, in points;" in table([one]).notes[0]
+    assert "the same seed, in points or perplexity;" in table([one, replace(one, measure=plain)]).notes[0]
 
 
 def test_bits_that_differ_are_no_seeds(tmp_path: Path) -> None:
@@ -493,6 +556,18 @@ def test_the_baseline_that_runs_start_from_stands_beside_them(tmp_path: Path) ->
         *(("octav", (-1.0,)), ("max", (-2.0,)), ("full precision", ()))
     ]
     assert len({each.network for each in found}) == 1 and start.exists()
+
+
+def test_what_a_search_measured_is_full_precision(tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_text("x")
+    weights, runs = f"weights={tmp_path / 'x.pt'}", tmp_path / "runs"
+    search = make_run(runs, "mode=allocate", weights, "budget=4", top1=80.0)
+    make_run(search / "probes", "bits=32", "mode=evaluate", weights, top1=85.0)
+    make_run(runs, "policy=auto", "mode=retrain", weights, "budget=4", top1=84.0)
+    found = standings(entries([runs])[0])
+    assert {each.network.rpartition(" ")[2]: each.gap.values for each in found} == {"allocate": (-5,), "retrain": (-1,)}
+    assert "-5.00" in text_of(compare_page.write([runs], tmp_path / "page.html"))
+    assert "-5.00 points; fp32 is the network that it starts from" in text_of(run_page.write(search, tmp_path / "run"))
 
 
 def test_numbers_to_compute_with(tmp_path: Path) -> None:

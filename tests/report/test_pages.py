@@ -27,8 +27,9 @@ from qat_runner.config.composing import command, compose_config
 from qat_runner.insertion import calibrate, quantize_model
 from qat_runner.insertion.size import size_mb
 from qat_runner.report import compare_page, run_page
+from qat_runner.report.differing import shown
 from qat_runner.report.entries import entries
-from qat_runner.report.page import LARGEST, TRACE_TYPES, shown
+from qat_runner.report.page import LARGEST, TRACE_TYPES
 from qat_runner.report.settings import sections
 from qat_runner.report.tensor_charts import _levels
 from qat_runner.runs.folder import RunFolder

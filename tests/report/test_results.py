@@ -1,5 +1,6 @@
 """Tables of results: what is written can be read back."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,10 +8,12 @@ import pytest
 
 from qat_runner.cli.report import OF_FOLDERS
 from qat_runner.cli.report import main as report
+from qat_runner.config.tasks import FACTS, TaskFacts
 from qat_runner.report import methods
 from qat_runner.report.entries import entries
 from qat_runner.report.results import read_results, write_results
 from qat_runner.report.runs import Run, find_runs
+from qat_runner.runs.records import SUMMARY, score
 from tests.report.test_pages import make_run
 
 
@@ -48,6 +51,28 @@ def test_runs_come_out_again(tmp_path: Path) -> None:
     assert one == other and ",-3.5," in one
     once_more = write_results(read_results(table), tmp_path / "once more")[0]
     assert sorted(map(_known, read_results(once_more)), key=repr) == sorted(map(_known, finished), key=repr)
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "decibels"])
+def test_figures_of_other_tasks_come_out_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: str) -> None:
+    """Those of language models and of installed tasks, which `Summary` does not list."""
+    facts = TaskFacts("decibels", ("scratch",), frozenset(), 5, 64, unit="")
+    monkeypatch.setattr(FACTS, "sound", lambda: [*((name, FACTS[name]) for name in FACTS.own), ("own", facts)])
+    figures = {"metric": metric, metric: 21.5, "accuracy": 40.0, "count": 7, "bits": 4}
+    for seed in (1, 2):
+        file = make_run(tmp_path / "runs", f"seed={seed}", "bits=4") / SUMMARY.name
+        kept = {key: value for key, value in json.loads(file.read_text()).items() if "top1" not in key}
+        file.write_text(json.dumps(kept | figures | {f"best_{metric}": 20.0 if seed == 1 else None}))
+    runs = find_runs(tmp_path / "runs")
+    again = read_results(write_results(runs, tmp_path / "kept")[0])
+    before, after = (
+        [
+            {key: value for key, value in (_known(run).summary or {}).items() if value is not None}
+            for run in sorted(some, key=lambda run: run.seed)
+        ]
+        for some in (runs, again)
+    )
+    assert after == before and score(after[0]) == 21.5
 
 
 def test_what_takes_no_table_of_results_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

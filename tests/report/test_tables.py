@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qat_runner.config import clipping_label, from_hydra, gradient_label, policy_label
+from qat_runner.config import clipping_label, from_hydra, gradient_label, policy_label, run_name
 from qat_runner.config.composing import compose_config
 from qat_runner.report.runs import row_of
 from qat_runner.report.tables import (
@@ -140,6 +140,80 @@ def test_chosen_bits_have_the_full_precision_of_others(
         assert differences(*runs, result(*words, *retrain, top1=91.0))[-1] == pytest.approx(text)
     allocated = result(*words[1:], "mode=allocate", "batch_size=null", f"weights={weights}", top1=91.5)
     assert differences(*full, retrained, allocated)[-1] == pytest.approx(-0.5)  # it has not trained anything
+
+
+@pytest.mark.parametrize("file", ["last.pt", "best.pt"])
+@pytest.mark.parametrize("own_name", [True, False])
+def test_a_checkpoint_of_a_run_is_a_start(
+    file: str, own_name: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the checkpoint of the full-precision run in the same folder of runs that has the name and the content."""
+    monkeypatch.chdir(tmp_path)
+    trained = result("bits=32", "epochs=5", "limit_train_batches=9", top1=80.0)
+    trained.summary["best_top1"] = 81.0  # type: ignore[index]
+    name = "full" if own_name else run_name(trained.config)
+    for place in ("runs", "elsewhere"):
+        (Path(place) / name / "checkpoints").mkdir(parents=True)
+        (Path(place) / name / "checkpoints" / file).write_text(place)
+    here = trained._replace(place=tmp_path / "runs", folder=Path("runs") / name)
+    other = result("bits=32", "epochs=6", top1=99.0)._replace(place=here.place, folder=Path("runs/other"))
+    drop = pytest.approx(-5 if file == "last.pt" else -6)
+    for mode in ("retrain", "ptq"):
+        run = result("bits=4", f"mode={mode}", f"weights=runs/{name}/checkpoints/{file}", "seed=1", top1=75.0)
+        run = run._replace(place=here.place)
+        assert differences(here, other, run)[-1] == drop
+        assert differences(here._replace(place=tmp_path / "elsewhere"), other, run)[-1] is None
+        fewer = result("bits=32", "epochs=5", "limit_val_batches=1", top1=70.0)  # other validation data
+        assert differences(here._replace(config=fewer.config), other, run)[-1] is None
+    copied = result("bits=4", "mode=ptq", f"weights=elsewhere/{name}/checkpoints/{file}", top1=75.0)
+    found = differences(here, other, copied._replace(place=here.place))[-1]
+    assert found is None if own_name else found == drop  # the usual name says which run it is
+    start = result("bits=32", "mode=evaluate", f"weights=runs/{name}/checkpoints/{file}", top1=77.0)
+    assert differences(here, start._replace(place=here.place), run)[-1] == pytest.approx(-2)  # of the same weights
+
+
+def test_what_a_search_measured_is_a_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("w.pt").touch()
+    evaluated = "bits=32", "mode=evaluate", "weights=w.pt"
+    searched = result(*evaluated, top1=90.0)._replace(of_search=True)
+    allocated = result("mode=allocate", "budget=4", "weights=w.pt", "batch_size=null", top1=88.0)
+    retrained = result("policy=auto", "budget=4", "mode=retrain", "weights=w.pt", top1=89.0)
+    assert differences(searched, allocated, retrained) == [None, -2, -1]
+    assert differences(searched, result(*evaluated, top1=91.0), allocated, retrained)[2:] == [-3, -2]
+    fewer = result("mode=allocate", "budget=4", "weights=w.pt", "batch_size=null", "limit_val_batches=1", top1=88.0)
+    assert differences(searched, fewer) == [None, None]
+
+
+def test_runs_on_other_numbers_of_processes_are_other_runs() -> None:
+    def on(processes: int | None, *words: str, top1: float) -> Result:
+        run = result(*words, top1=top1)
+        more = {} if processes is None else {"processes": processes}
+        return run._replace(summary={**run.summary, **more})
+
+    full = [on(None, "bits=32", top1=90.0), on(2, "bits=32", top1=80.0)]
+    runs = [on(1, "bits=4", top1=70.0), on(2, "bits=4", "seed=0", top1=71.0), on(2, "bits=4", "seed=1", top1=72.0)]
+    assert differences(*full, *runs)[2:] == [-20, -9, None]
+    assert differences(full[0], *runs)[1:] == [-20, None, None]
+    rows = [line.split() for line in seeds_table([*full[:1], *runs]).splitlines()[2:]]
+    assert [row[4:-1] if row[3] == "32" else row[4:10] for row in rows][1:] == [
+        ["octav,", "processes=1", "mph", "1", "70.00", "-20.00"],
+        ["octav,", "processes=2", "mph", "2", "71.50", "±"],
+    ]
+
+
+def test_rows_that_share_their_words_say_in_what_they_differ() -> None:
+    runs = [result(*words) for words in ((), ("epochs=9",), ("epochs=9", "lr=0.5", "seed=1"), ("clipping=max",))]
+    epochs, lr = runs[0].config.epochs, f"{runs[0].config.lr:g}"
+    for lines in (results_table(runs).splitlines()[2:], seeds_table(runs).splitlines()[2:]):
+        assert [line.partition("4  ")[2].partition("mph")[0].strip() for line in lines] == [
+            f"octav, epochs={epochs}, lr={lr}",
+            f"octav, epochs=9, lr={lr}",
+            "octav, epochs=9, lr=0.5",
+            "max",
+        ]
+    seeds = [result(f"seed={seed}", "mode=retrain", "weights=baseline") for seed in (0, 1)]
+    assert all(" octav  " in line for line in results_table(seeds).splitlines()[2:])
 
 
 def test_seeds_are_compared_with_one_kind_of_full_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
