@@ -350,7 +350,7 @@ def _check_arguments(of: Callable[..., Any], clipping: str | ClippingMethod, opt
     if named and clipping not in METHODS:
         return  # which another message says
     kind = METHODS[clipping] if isinstance(clipping, str) else type(clipping)
-    known = [option.name for option in fields(kind)] if is_dataclass(kind) else []
+    known: list[str] = [option.name for option in fields(kind)] if is_dataclass(kind) else []
     for option in options:
         if option not in known:
             arguments = [*list(signature(of).parameters)[:-1], "example"]  # which only `quantize_model` has
