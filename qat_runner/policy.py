@@ -21,10 +21,11 @@ matches two kinds, DepthwiseConv2d and Conv2d.
 from __future__ import annotations  # configs build policies, and must not import PyTorch for that
 
 import glob
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache
+from inspect import signature
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qat_runner.quant import (
@@ -32,6 +33,7 @@ from qat_runner.quant import (
     EVAL_MODES,
     FORMATS,
     GRADIENTS,
+    METHODS,
     ClippingMethod,
     Estimator,
     Octav,
@@ -39,7 +41,7 @@ from qat_runner.quant import (
     clipping_method,
     gradient_estimator,
 )
-from qat_runner.wording import one_of
+from qat_runner.wording import meant, one_of
 
 if TYPE_CHECKING:
     from qat_runner.quant import Quantizer
@@ -338,6 +340,29 @@ def _check_name(place: str, value: object, allowed: Collection[str]) -> None:
         raise ValueError(f"{place}={value!r}: {one_of(value, allowed)}")
 
 
+def _check_arguments(of: Callable[..., Any], clipping: str | ClippingMethod, options: Iterable[str]) -> None:
+    """Raise an error if further arguments of a function are not options of the clipping method.
+
+    Raises:
+        TypeError: one is not. The message suggests the closest argument or option.
+    """
+    named = isinstance(clipping, str)
+    if named and clipping not in METHODS:
+        return  # which another message says
+    kind = METHODS[clipping] if isinstance(clipping, str) else type(clipping)
+    known: list[str] = [option.name for option in fields(kind)] if is_dataclass(kind) else []
+    for option in options:
+        if option not in known:
+            arguments = [*list(signature(of).parameters)[:-1], "example"]  # which only `quantize_model` has
+            method = f"clipping {clipping!r}" if named else kind.__name__
+            raise TypeError(
+                f"{option}: is neither an argument nor an option of {method} ({', '.join(known) or 'which has none'})"
+                f"{meant(option, [*arguments, *known])}"
+            )
+        if not named:
+            raise TypeError(f"{option}: must be set in the clipping method that is passed")
+
+
 def _made(make: Callable[..., T], rule: object, setting: str, said: object) -> T:
     """Create the clipping method or gradient estimator of a rule from its name, or from a mapping of name and
     options."""
@@ -430,11 +455,10 @@ class Policy:
 
         Raises:
             ValueError: an argument is out of range; the message gives the argument and what is allowed.
-            TypeError: an option of the clipping method does not exist.
+            TypeError: there is no such argument, and no such option of the clipping method.
         """
+        _check_arguments(cls.of, clipping, clipping_options)
         method = clipping_method(clipping, **clipping_options) if isinstance(clipping, str) else clipping
-        if not isinstance(clipping, str) and clipping_options:
-            raise TypeError(f"{', '.join(clipping_options)}: must be set in the clipping method that is passed")
         width = {
             "weight_bits": bits if weight_bits is None else weight_bits,
             "activation_bits": bits if activation_bits is None else activation_bits,

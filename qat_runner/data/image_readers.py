@@ -13,6 +13,7 @@ from qat_runner.data.dataset import Delivery
 from qat_runner.data.folder import FolderSource
 from qat_runner.data.images import ImageData, MemorySource, Source, shrink
 from qat_runner.data.layouts import find_layout
+from qat_runner.data.listing import printable
 from qat_runner.errors import ConfigError
 
 Arrays = tuple[NDArray[Any], NDArray[Any]]
@@ -28,7 +29,8 @@ def image_reader(
         source_in: reads a folder. Data sets without files ignore the folder.
 
     Returns:
-        A function for `Dataset.read`. It raises ConfigError where image size or classes do not match the config.
+        A function for `Dataset.read`. It raises ConfigError where image size or classes do not match the config, and
+        where there is only one class.
     """
 
     def read(folder: Path, config: DatasetConfig, delivery: Delivery) -> ImageData:
@@ -37,10 +39,13 @@ def image_reader(
             source = _fit(source, config)
         if isinstance(source, FolderSource) and config.decode == Decode.gpu:
             source.decode_on(delivery.device)
+        where = printable(str(folder))
         num_classes = len(source.classes) if isinstance(source, FolderSource) else config.num_classes
+        if num_classes == 1:
+            raise ConfigError(f"dataset={config.name}: {where} has images of one class only; two or more are needed")
         if config.num_classes not in (None, num_classes):
             raise ConfigError(
-                f"dataset.num_classes={config.num_classes}: must be {num_classes}, the number of classes in {folder}"
+                f"dataset.num_classes={config.num_classes}: must be {num_classes}, the number of classes in {where}"
             )
         if num_classes is None:
             raise ConfigError(f"dataset.num_classes=null: must be set for dataset={config.name}")

@@ -55,9 +55,10 @@ def calibrate(model: nn.Module, batches: Batches, layers: str | Sequence[str] | 
     tensors = [t for t in _chosen(model, layers) if not t.quantizer.per_token]
     weights = [t for t in tensors if t.tensor == "weight"]
     activations = [t for t in tensors if t.tensor != "weight"]
+    of_weights = [_weight_scalars(t) for t in weights]  # first: a bad weight spoils all inputs after it
     used, scalars = _full_precision_scalars(model, activations, batches)
-    for t in weights:
-        t.quantizer.assign(_weight_scalars(t), used)
+    for t, of_weight in zip(weights, of_weights, strict=True):
+        t.quantizer.assign(of_weight, used)
     for t, s in zip(activations, scalars, strict=True):
         if s is not None:
             t.quantizer.assign(s, used)

@@ -70,8 +70,8 @@ from qat_runner.insertion.own_products import (
 from qat_runner.insertion.own_weights import QuantOwnWeight, quantize_own_weights, release_own_weights
 from qat_runner.insertion.products import Product, rest
 from qat_runner.insertion.rotation import Hadamard, block_of
-from qat_runner.insertion.tensors import tensors_of
-from qat_runner.insertion.trace import Trace, trace
+from qat_runner.insertion.tensors import tensors_of, whole
+from qat_runner.insertion.trace import Trace, shows_values, trace
 from qat_runner.insertion.unchanged import (
     Tensors,
     computed,
@@ -83,6 +83,7 @@ from qat_runner.insertion.unchanged import (
 from qat_runner.insertion.wrappers import unwrapped
 from qat_runner.policy import EMBEDDING, EXPERTS, Place, Policy, PolicyError, TensorPolicy, exactly
 from qat_runner.quant import ClippingMethod, Estimator, Quantizer
+from qat_runner.quant.tensors import recording
 from qat_runner.quant.weight_groups import WeightsTogether
 
 
@@ -154,10 +155,11 @@ def quantize_model(
             are parameters and must be initialized by `calibrate`; or the name of a registered one.
         gradient: ste, pwl, mad, ewgs, trust, mph (mad for weights, pwl for activations) or the name of a registered
             one; or an estimator with its own options. lsq and pact have gradients of their own.
-        example: a real batch: the input, a tuple of arguments of forward, or a mapping of their names to arguments, as
-            the networks of transformers take it. Running it shows which inputs are signed, the
-            order of the layers, and what would stay unquantized. Without it, layers are ordered by registration, and
-            the rest is found on the first forward pass of the model.
+        example: a real batch, without labels: the input, a tuple of arguments of forward, or a mapping of their names
+            to arguments, as the networks of transformers take it. Running it shows which inputs are signed, the order
+            of the layers, and what would stay unquantized. Its values decide whether the network's own input is signed.
+            Without it, layers are ordered by registration, and the rest is found on the first forward pass of the
+            model.
         **how: further arguments of `Policy.of`: weight_bits, activation_bits, first_last_bits; format, weight_format,
             activation_format, range, weight_range, activation_range; dynamic, eval_mode, conv_granularity,
             linear_granularity, activation_granularity, quantize_head, keep, synchronize, rules, and the options of a
@@ -168,15 +170,18 @@ def quantize_model(
 
     Raises:
         ValueError, TypeError: an argument is out of range, a rule matches no tensor, there is nothing to quantize, or
-            the model already has quantizers; or, on the example, the network with its quantizers switched off does not
-            compute what it computed before, bit for bit. Only attention, and an output that varies from run to run, may
-            differ by rounding, at most by the square root of the precision of the network's numbers. In a network of
-            transformers, attention may do so only if it was another implementation than "eager": quantized attention
-            computes what "eager" computes, bit for bit. After an error the model has no quantizers.
+            the model already has quantizers; a weight, or an input for the example, contains NaN or infinity; the
+            example does not consist of the arguments of forward; or, on the example, the network with its quantizers
+            switched off does not compute what it computed before, bit for bit. Only attention, and an output that
+            varies from run to run, may differ by rounding, at most by the square root of the precision of the network's
+            numbers. In a network of transformers, attention may do so only if it was another implementation than
+            "eager": quantized attention computes what "eager" computes, bit for bit. After an error the model has no
+            quantizers.
 
     Warns:
         QuantizationWarning: a part stays in full precision, or is shared (one sentence for each part); attention of
-            transformers differs from "eager" by more than rounding.
+            transformers differs from "eager" by more than rounding; later, once: the network's own input has negative
+            values although the example has none.
     """
     if isinstance(bits, Policy):
         if (clipping, gradient) != ("octav", "mph") or how:
@@ -234,6 +239,8 @@ def insert(
             _check_rules(places, policy)
         chosen = _chosen(places, policy)
         _equip_all(model, layers, chosen)
+        if tensors is None:
+            _check_finite(model, seen if any(map(_is_spoiled, tensors_of(inputs))) else None)
     except BaseException:
         remove_quantizers(model)
         raise
@@ -293,6 +300,40 @@ def _equip_all(
     rotations = {name: _rotation(name, layer, chosen[name]) for name, layer in layers.items()}
     for name, found in quantizers.items():
         _equip(model, name, layers[name], found, rotations[name])
+
+
+@torch.no_grad()
+def _check_finite(model: nn.Module, seen: Trace | None) -> None:
+    """Raise an error if a tensor that has a quantizer contains NaN or infinity.
+
+    Args:
+        model: with quantizers.
+        seen: what an example has shown that contains such numbers itself; None for any other, with which a network may
+            compute NaN on purpose, such as the attention of a sample that consists of padding.
+
+    Raises:
+        ValueError: there is one; the message names it.
+    """
+    calls = {} if seen is None else seen.layers
+    tensors = quantized_tensors(model)
+    for tensor in sorted(tensors, key=lambda t: t.tensor != "weight"):  # a bad weight spoils all inputs after it
+        layer, operand = tensor.module, tensor.tensor
+        if operand != "weight":
+            bad, where = tensor.layer in calls and operand in calls[tensor.layer].nonfinite, " for the example"
+        else:
+            assert isinstance(layer, QuantLayer)
+            with reading_weight(layer):
+                weight = layer.qat_used_weight()
+            bad, where = not (weight.is_meta or bool(whole(weight).isfinite().all())), ""
+        if bad:
+            raise ValueError(f"{tensor.name}: contains NaN or infinity{where}, so it has no clipping scalar")
+
+
+def _is_spoiled(t: Tensor | None) -> bool:
+    """Whether a tensor contains NaN or infinity and is not a mask of zeros and negative infinities."""
+    if t is None or not shows_values(t) or bool(t.isfinite().all()):
+        return False
+    return not bool(((t == 0) | t.isneginf()).all())
 
 
 def _check_unchanged(model: nn.Module, inputs: Inputs, before: Tensors, now: Tensors, other_attention: bool) -> None:
@@ -579,6 +620,8 @@ def _decide(model: nn.Module, seen: Trace) -> None:
             quantizer = quantizer_of(layer, operand)
             if isinstance(quantizer, Quantizer) and not quantizer.decided:
                 quantizer.decide_sign(signed)
+            if isinstance(quantizer, Quantizer) and operand in calls.by_values and not quantizer.format.signed:
+                quantizer.register_forward_pre_hook(_Negatives())
         for operand in calls.mixed:
             if isinstance(quantizer := quantizer_of(layer, operand), Quantizer):
                 quantizer.features = calls.elements[operand]
@@ -617,6 +660,32 @@ def _decide_on_first_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict
         model.register_forward_pre_hook(_decide_on_first_batch, with_kwargs=True)
         raise
     _decide(model, seen)
+
+
+class _Negatives:
+    """A forward pre-hook that warns once if a quantizer that counts as unsigned by an example is given negative values.
+
+    It looks at the first call in training, and at calls in eval mode that wait for the device in any case.
+    """
+
+    def __init__(self) -> None:
+        self._trained = False
+
+    def __call__(self, quantizer: Quantizer, args: tuple[Tensor, ...]) -> None:
+        if recording() or not args or args[0].is_meta:
+            return
+        constant = quantizer.has_scalars and not (quantizer.dynamic and quantizer.eval_mode == "dynamic")
+        if self._trained if quantizer.training else constant or not quantizer.checks:
+            return
+        self._trained = self._trained or quantizer.training
+        if quantizer.format.signed:  # by a state that was loaded since
+            _remove_hook(quantizer, self)
+        elif bool((args[0] < 0).any()):
+            _remove_hook(quantizer, self)
+            _warn(
+                f"{quantizer.name}: is given negative values, which are clipped to 0: it counts as unsigned, since the "
+                f"example, or else the first batch, has no negative values; pass a real batch as the example"
+            )
 
 
 def _remove_hook(module: nn.Module, hook: Callable[..., None]) -> None:

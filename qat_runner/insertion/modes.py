@@ -68,17 +68,42 @@ def call_with_copies(model: nn.Module, inputs: Inputs) -> Any:
 
 @contextmanager
 def explaining_argument_errors(model: nn.Module, inputs: Inputs) -> Iterator[None]:
-    """Context manager that explains a TypeError if the model's forward does not take these arguments."""
+    """Context manager that explains an error if the model's forward does not take these arguments.
+
+    Raises:
+        TypeError: instead of another error, if forward takes other arguments, or could not work with a list or a dict.
+    """
     try:
         yield
+    except (TypeError, AttributeError) as error:
+        reason = _misfit(model, inputs)
+        if reason is None:
+            raise
+        raise TypeError(
+            f"{type(model).__name__}.forward takes {_taken(model)}: {reason}; a batch must be the input alone, a tuple "
+            f"of arguments of forward, or a dict of them by name, without labels"
+        ) from error
+
+
+def _misfit(model: nn.Module, inputs: Inputs) -> str | None:
+    """Return why inputs are not the arguments of a model's forward; None if they may be."""
+    try:
+        call(inspect.signature(model.forward).bind, inputs)
     except TypeError as error:
-        try:
-            call(inspect.signature(model.forward).bind, inputs)
-        except TypeError:
-            raise TypeError(
-                f"{error}: a batch must be the input alone, a tuple of arguments of forward, or a dict of them by name"
-            ) from error
-        raise
+        return str(error)
+    only = inputs[0] if isinstance(inputs, tuple) and len(inputs) == 1 else None
+    return f"got one argument, a {type(only).__name__}" if isinstance(only, list | Mapping) else None
+
+
+def _taken(model: nn.Module) -> str:
+    """Return how many arguments the forward of a model takes, and their names."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        return "any number of arguments"
+    needed = sum(p.default is p.empty for p in parameters)
+    count = str(needed) if needed == len(parameters) else f"{needed} to {len(parameters)}"
+    names = [p.name for p in parameters]
+    return f"{count} argument{'s' * (len(names) != 1)} ({', '.join([*names[:6], *['...'] * (len(names) > 6)])})"
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from qat_runner.insertion.columns import columns
 from qat_runner.insertion.insert import quantized_tensors
 from qat_runner.insertion.watch import Batches, watch
+from qat_runner.insertion.wrappers import unwrapped
 from qat_runner.quant import IntFormat, Quantizer, maximum, measure, noise_of
 
 
@@ -50,10 +51,12 @@ def noise_report(model: nn.Module, batches: Batches) -> NoiseReport:
         One row per tensor, in order of registration, weight before input; no rows if there is no batch.
 
     Raises:
-        ValueError: a quantizer was given NaN or infinity.
+        ValueError: the model has no quantizers, or a quantizer was given NaN or infinity.
         RuntimeError: a static quantizer has no scalars yet.
     """
     names = {t.quantizer: (t.layer, t.tensor) for t in quantized_tensors(model)}
+    if not names:
+        raise ValueError(f"{type(unwrapped(model)).__name__} has no quantizers, whose noise could be measured")
     figures: dict[Quantizer, list[Tensor]] = {quantizer: [] for quantizer in names}
 
     def look(quantizer: Quantizer, x: Tensor) -> None:

@@ -51,6 +51,7 @@ _KEEPS = {
     "pixel_shuffle", "channel_shuffle", "pad",
 }
 # fmt: on
+_CLAMPS = {"hardtanh", "clamp", "clip", "clamp_min"}
 _IN_PLACE = {"iadd", "imul", "isub", "itruediv"}
 _ARITHMETIC = {"add", "iadd", "radd", "mul", "imul", "rmul", "div", "truediv", "itruediv"}
 
@@ -64,6 +65,10 @@ class LayerCalls:
     calls: int = 0
     signed: dict[str, bool] = field(default_factory=dict)
     """operand other than the weight -> whether it may be negative"""
+    by_values: set[str] = field(default_factory=set)
+    """operands that structure shows not to be negative only if the model's own inputs never are, as in this batch"""
+    nonfinite: set[str] = field(default_factory=set)
+    """operands that contain NaN or infinity"""
     elements: dict[str, int] = field(default_factory=dict)
     """operand -> elements of the largest one seen, for one sample"""
     mixed: set[str] = field(default_factory=set)
@@ -95,8 +100,10 @@ class _Signs(TorchFunctionMode):
     def __init__(self, inputs: Sequence[Any]) -> None:
         super().__init__()
         self.tags = WeakTensorKeyDictionary()  # tensor -> True if it cannot be negative
+        self._by_values = WeakTensorKeyDictionary()  # tensor -> True if its tag relies on the values of the inputs
         for t in _flatten(inputs)[0]:
-            self.tags[t] = t.is_floating_point() and _shows_signs(t) and bool((t >= 0).all())
+            self.tags[t] = t.is_floating_point() and shows_values(t) and bool((t >= 0).all())
+            self._by_values[t] = True
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -110,13 +117,21 @@ class _Signs(TorchFunctionMode):
         in_place = name == "setitem" or (raw_name.endswith("_") and not raw_name.startswith("__")) or name in _IN_PLACE
         if in_place and args and isinstance(args[0], Tensor) and not nonnegative:
             self._untag_storage(args[0])
+        relies = nonnegative and name not in _STARTS | _CLAMPS and self._relies_on_values(args, kwargs)
         for t in outputs:
-            self.tags[t] = nonnegative
+            self.tags[t], self._by_values[t] = nonnegative, relies
         return out
 
     def is_tagged(self, t: Tensor) -> bool:
         """Whether structure shows that t cannot be negative."""
         return bool(self.tags.get(t, False))
+
+    def is_by_values(self, t: Tensor) -> bool:
+        """Whether structure shows that t cannot be negative only because the inputs of the model are not."""
+        return self.is_tagged(t) and bool(self._by_values.get(t, False))
+
+    def _relies_on_values(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        return any(map(self.is_by_values, _flatten([*args, *kwargs.values()])[0]))
 
     def _untag_storage(self, changed: Tensor) -> None:
         """Remove the tag of all tensors that share memory with a changed one: it may have been a view."""
@@ -128,7 +143,7 @@ class _Signs(TorchFunctionMode):
     def _nonnegative(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         if name in _STARTS:
             return True
-        if name in ("hardtanh", "clamp", "clip", "clamp_min"):
+        if name in _CLAMPS:
             low = kwargs.get("min_val", kwargs.get("min", args[1] if len(args) > 1 else None))
             return isinstance(low, int | float) and low >= 0
         if name == "masked_fill":
@@ -145,8 +160,8 @@ class _Signs(TorchFunctionMode):
         return bool(tensors) and all(map(self.is_tagged, tensors)) and all(n >= 0 for n in factors)
 
 
-def _shows_signs(t: Tensor) -> bool:
-    """Whether the values of a tensor can be compared with zero; those of sparse and nested ones cannot."""
+def shows_values(t: Tensor) -> bool:
+    """Whether the values of a tensor can be compared with a number; those of sparse and nested ones cannot."""
     unlike_numbers = t.is_meta or t.is_complex() or t.is_nested or t.layout is not torch.strided
     return not unlike_numbers and t.numel() > 0
 
@@ -339,9 +354,14 @@ class _Calls:
         layer.asked = True
         # Values only ever overrule structure towards signed, in case structure was wrong. In training values alone
         # decide: a nonnegative tensor may be multiplied by random numbers there, in ways that structure does not know.
-        negative = _shows_signs(x) and not transformed() and bool((x < 0).any())
+        shown = shows_values(x) and not transformed()
+        negative = shown and bool((x < 0).any())
+        if shown and not x.isfinite().all():
+            layer.nonfinite.add(operand)
         if layer.training_only == self.training_only:
             negative = negative or not self.signs.is_tagged(x)
+            if self.signs.is_by_values(x):
+                layer.by_values.add(operand)
         layer.signed[operand] = layer.signed.get(operand, False) or negative
         if layer.training_only == self.training_only:
             samples = self._samples_in(x)

@@ -185,7 +185,11 @@ def clipping_method(name: str, **options: Any) -> ClippingMethod:
         TypeError: if the method does not have an option.
     """
     if name not in METHODS:
-        raise ValueError(f"clipping={name!r}: must be one of {', '.join(METHODS)}{meant(str(name), [*METHODS])}")
+        dynamic = str(name).removeprefix("static_")
+        hint = meant(str(name), [*METHODS])
+        if dynamic != name and dynamic in METHODS:
+            hint = f"; for static scalars, set clipping={dynamic!r} and dynamic=False"
+        raise ValueError(f"clipping={name!r}: must be one of {', '.join(METHODS)}{hint}")
     kind = METHODS[name]
     check_options(f"clipping {name!r}", kind, options)
     return kind(**options)

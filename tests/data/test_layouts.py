@@ -275,6 +275,20 @@ def test_bad_shards_are_told_in_a_sentence(tmp_path: Path, name: str) -> None:
     assert str(caught.value).isprintable()
 
 
+@pytest.mark.parametrize("layout", ["class folders", "tar shards", "parquet files"])
+def test_a_single_class_is_refused(layout: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        only = [sample for sample in samples(folders["class folders"], split) if sample[2] == 0]
+        if layout == "class folders":
+            shutil.copytree(folders[layout] / split / "ant", tmp_path / split / "ant")
+        elif layout == "tar shards":
+            write_tar(tmp_path / f"{split}-0.tar", members(only))
+        else:
+            write_parquet(tmp_path / f"{split}-0.parquet", only, ["ant"])
+    with pytest.raises(ConfigError, match="has images of one class only; two or more are needed"):
+        load_dataset(CONFIG, str(tmp_path), Delivery(torch.device("cpu"), seed=0))
+
+
 def test_hidden_shards_are_passed_over(folders: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(folders["tar shards"], tmp_path, dirs_exist_ok=True)
     count = len(read_images(tmp_path).splits["train"].labels)

@@ -434,6 +434,51 @@ def test_a_first_batch_that_fails_is_none() -> None:
     assert not model._forward_pre_hooks
 
 
+class Reshaped(nn.Module):
+    """A network that reshapes its input, and has an input that cannot be negative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x.flatten(1) * 2).relu())
+
+
+def told(call: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(warning.message) for warning in caught]
+
+
+NEGATIVE = "a.input: is given negative values, which are clipped to 0"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_made_up_example_without_negative_values(training: bool) -> None:
+    model, x = quantize_model(Reshaped(), example=torch.rand(2, 2, 3)), torch.randn(8, 2, 3)
+    model = pickle.loads(pickle.dumps(copy.deepcopy(model))).train(training)
+    assert [q.format.signed for n, q in find(model).items() if n.endswith("input")] == [False, False]
+    assert not told(lambda: model(torch.rand(2, 2, 3)))
+    (message,) = told(lambda: model.eval()(x))
+    assert message.startswith(NEGATIVE)
+    assert not told(lambda: (model(x), model.train()(x)))  # once
+    assert not told(lambda: quantize_model(Reshaped(), example=x).train()(x))
+
+
+def test_negative_values_are_told_in_training_and_in_calibration() -> None:
+    x = torch.randn(8, 2, 3)
+    model = quantize_model(Reshaped(), example=torch.zeros(2, 2, 3))
+    (message,) = told(lambda: model.train()(x))
+    assert message.startswith(NEGATIVE)
+    static = quantize_model(Reshaped(), example=torch.zeros(2, 2, 3), dynamic=False)
+    (message,) = told(lambda: calibrate(static, [x]))
+    assert message.startswith(NEGATIVE)
+    compiled = quantize_model(Reshaped(), example=torch.zeros(2, 2, 3))
+    assert not told(lambda: torch.compile(compiled, backend="eager", fullgraph=True)(x))
+
+
 def test_the_sign_travels_with_the_state() -> None:
     model = quantize_model(Small(), example=torch.rand(2, 3, 8, 8), dynamic=False)
     calibrate(model, [torch.rand(2, 3, 8, 8)])

@@ -206,6 +206,26 @@ def test_rules_that_are_none(rule: Any, message: str) -> None:
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"dynamc": False}, TypeError, "dynamc: is neither an argument nor an option of clipping 'octav' (iter"),
+        ({"dynamc": False}, TypeError, "; did you mean dynamic?"),
+        ({"exmple": X}, TypeError, "; did you mean example?"),
+        ({"itertions": 3}, TypeError, "; did you mean iterations?"),
+        ({"q": 99.9}, TypeError, "(iterations, warm_iterations, missing_code, refine)"),
+        ({"clipping": "max", "q": 3}, TypeError, "an option of clipping 'max' (which has none)"),
+        ({"clipping": Octav(), "dynamc": False}, TypeError, "an option of Octav (iter"),
+        ({"clipping": Octav(), "iterations": 3}, TypeError, "iterations: must be set in the clipping method"),
+        ({"clipping": "static_octav"}, ValueError, "pact; for static scalars, set clipping='octav' and dynamic=False"),
+        ({"clipping": "static_octva", "dynamc": 1}, ValueError, "must be one of octav, max"),
+    ],
+)
+def test_misspelled_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        quantize_model(Net(), 4, **arguments)
+
+
 def test_a_policy_that_does_not_go_with_the_network() -> None:
     model = Net()
     rules = {

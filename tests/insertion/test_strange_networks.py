@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 from collections import UserDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ def test_arguments_by_name(kind: Any) -> None:
     for wrong, said in ((kind(scale=2.0), "'x'"), (kind(x=X, foo=1), "'foo'")):
         strict = nn.Linear(8, 8) if "foo" in wrong else Scaled()
         wrong = kind(input=X, foo=1) if "foo" in wrong else wrong
-        with pytest.raises(TypeError, match=rf"{said}.*: a batch must be .*, or a dict of them by name"):
+        with pytest.raises(TypeError, match=rf"{said}.*; a batch must be .*, or a dict of them by name"):
             qat.quantize(strict, 4, example=wrong)
 
 
@@ -187,6 +188,33 @@ def test_what_is_no_number_agrees_with_itself() -> None:
 
     padding = torch.tensor([[False] * 5, [True] * 5])
     qat.quantize(Padded(), 4, example=(torch.randn(2, 5, 8), padding))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_numbers_that_have_no_scalar_are_refused(bad: float) -> None:
+    x, model = X.clone(), nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    x[0, 0] = bad
+    with pytest.raises(ValueError, match=r"^0\.input: contains NaN or infinity for the example"):
+        qat.quantize(model, 4, example=x)
+    qat.quantize(model, 4, example=X, dynamic=False)
+    with torch.no_grad():
+        model[2].weight[0, 0] = bad
+        model[0].weight[0, 0] = bad
+    with pytest.raises(ValueError, match=r"^0\.weight: .* holds NaN or infinity"):
+        qat.calibrate(model, [X])
+    qat.remove_quantizers(model)
+    for example in (None, X):
+        with pytest.raises(ValueError, match=r"^0\.weight: contains NaN or infinity, so"):
+            qat.quantize(model, 4, example=example)
+        assert not qat.tensors(model)
+
+
+@pytest.mark.parametrize("batch", [[X, X], {"x": X, "labels": X}, (X, X)])
+def test_labels_in_a_batch_are_explained(batch: Any) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    message = r"^Sequential\.forward takes 1 argument \(input\): .*; a batch must be the input .* without labels$"
+    with pytest.raises(TypeError, match=message):
+        qat.quantize(model, 4, example=batch)
 
 
 def test_a_buffer_that_the_example_would_set_is_empty_again() -> None:
